@@ -1,0 +1,1501 @@
+#!/usr/bin/env python3
+"""train_gpt2_mod.py: trains GPT-2-class language models, in one file.
+
+    python train_gpt2_mod.py --model tiny --input_bin 'data/quickstart/train_*.bin' --input_val_bin ''
+    torchrun --standalone --nproc_per_node=1 train_gpt2_mod.py --model d12_mlp3x --total_batch_size 524288
+    torchrun --standalone --nproc_per_node=8 train_gpt2_mod.py --model d12 --resume auto
+
+Tokens come from shards in llm.c's format (data/ writes them). A run writes logs/<run_id>/: a log with the source and
+the versions at its head, metrics.jsonl with one record a step, config.json and checkpoints. `--help` lists every flag;
+each is a field of one of the three dataclasses of the Config section. Importing this file runs nothing.
+
+Sections: Config - World and log - Model - Numerics - Loss - Optimizer and schedule - Data - Parallel - Checkpoint -
+Training - main
+"""
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import fractions
+import gc
+import glob
+import json
+import math
+import os
+import platform
+import secrets
+import shlex
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.parallel import DistributedDataParallel
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
+GPT2_VOCAB_SIZE = 50257
+HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a number of heads
+HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matrix kernels like round shapes
+NORM_EPS = 1e-6
+IGNORED = -1  # a target that counts neither in the loss nor in its mean
+TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
+
+# Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendors' data sheets. The first name found in the device's
+# name counts, so longer names stand before their prefixes.
+GPU_PEAK_TFLOPS = {
+    "B200": 2250.0, "GH200": 989.4, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.4, "A100": 312.0,
+    "L40S": 362.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5,
+    "RTX 3090": 71.0, "RTX 3080": 59.5,
+}
+
+
+class ConfigError(ValueError):
+    """The user's flags or environment ask for something that cannot be done."""
+
+
+class DataError(ValueError):
+    """A shard or a checkpoint is not what it should be."""
+
+
+class DivergedError(RuntimeError):
+    """The loss stopped being a number."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: three dataclasses are the one source of flags, defaults, help and validation
+
+
+def option(default, help, *, choices=None, aliases=(), rebuilds=True, parse=None):
+    """A dataclass field with what its flag needs. `choices` may be a function, for registries that stand further down;
+    `rebuilds` says, for a field of GPTConfig, whether another value makes another network."""
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, choices=choices, aliases=aliases, rebuilds=rebuilds, parse=parse)
+    )
+
+
+def number(text):
+    """A float, also written as a fraction: 8/3."""
+    return float(fractions.Fraction(text)) if "/" in text else float(text)
+
+
+def require(condition, message):
+    if not condition:
+        raise ConfigError(message)
+
+
+def unknown_choice(name, value, choices):
+    close = difflib.get_close_matches(str(value), choices or (), 1)
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(choices or ())}"
+    return f"{name}={value} is not known; {hint}"
+
+
+def check_fields(config):
+    """Values every field must satisfy by its type and choices, whoever made the config."""
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        choices = choices() if callable(choices) else choices
+        require(not choices or value in choices, unknown_choice(f.name, value, choices))
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            require(math.isfinite(value) and value >= 0, f"{f.name}={value} must be a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The network. Fields marked rebuilds=False only colour a run: they may change on resume."""
+
+    vocab_size: int = option(GPT2_VOCAB_SIZE, "number of token ids (unset: what the shards say)")
+    n_layer: int = option(12, "number of blocks", aliases=("n_layers",))
+    n_head: int = option(12, "query heads (unset with --n_embd typed: heads of size 64)", aliases=("n_heads",))
+    n_kv_head: int = option(0, "key/value heads, a divisor of n_head; 0: as many as n_head", aliases=("n_kv_heads",))
+    n_embd: int = option(768, "width of the residual stream", aliases=("d_model",))
+    mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
+    mlp_expansion_factor: float = option(4.0, "MLP hidden width as a multiple of n_embd; 8/3 is allowed", parse=number)
+    post_norm: bool = option(False, "normalise also what attention and MLP add to the residual stream")
+    qk_norm: bool = option(False, "RMSNorm of queries and keys over the head size, before RoPE")
+    window: int = option(0, "tokens a query sees, its own included; 0: all before it")
+    rope_base: float = option(10000.0, "base of the rotary frequencies")
+    mtp_enabled: bool = option(False, "multi-token prediction: an auxiliary loss on targets 2..mtp_max_steps")
+    mtp_max_steps: int = option(2, "furthest token ahead that the auxiliary loss predicts")
+    mtp_weight: float = option(0.1, "weight of the auxiliary loss", rebuilds=False)
+    mtp_rampup_steps: int = option(64, "steps over which mtp_weight rises linearly from 0", rebuilds=False)
+    precision: str = option(
+        "bf16", "fp32, or autocast to bf16 or fp16 (unset: bf16 on CUDA that has it, else fp32)",
+        choices=("fp32", "bf16", "fp16"), rebuilds=False,
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.n_kv_head == 0:
+            object.__setattr__(self, "n_kv_head", self.n_head)
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "mtp_max_steps"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; "
+                f"try n_embd {nearest_multiples(self.n_embd, self.n_head)}")
+        require(self.head_dim % 2 == 0, f"n_embd={self.n_embd} with n_head={self.n_head} gives head size "
+                f"{self.head_dim}; rotary embeddings need an even one")
+        divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
+        require(self.n_kv_head in divisors, f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}; "
+                f"try one of {', '.join(map(str, divisors))}")
+        require(self.ffn_hidden >= 1, f"mlp_expansion_factor={self.mlp_expansion_factor} leaves the MLP no hidden unit")
+        require(self.rope_base > 1, f"rope_base={self.rope_base} must be above 1; 10000 is usual")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def ffn_hidden(self):
+        return int(self.mlp_expansion_factor * self.n_embd)
+
+    @property
+    def gqa_enabled(self):
+        return self.n_kv_head < self.n_head
+
+    @property
+    def lookahead(self):
+        """Targets a position needs: 1, or mtp_max_steps with MTP."""
+        return self.mtp_max_steps if self.mtp_enabled else 1
+
+    def network(self):
+        """The fields that make the network what it is, as a dict."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["rebuilds"]}
+
+
+def nearest_multiples(value, of):
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run: data, batch, schedule, evaluation, output. Counts are in the unit their help names."""
+
+    model: str = option("d12", "preset; network flags change it", choices=lambda: tuple(base_configs))
+    input_bin: str = option("data/fineweb10B/fineweb_train_*.bin", "training shards (a glob pattern, quoted)")
+    input_val_bin: str = option("data/fineweb10B/fineweb_val_*.bin", "validation shards; empty: no validation")
+    output_dir: str = option("logs", "folder of runs; each run makes its own folder in it")
+    batch_size: int = option(8, "sequences in a micro-batch of one process")
+    sequence_length: int = option(1024, "tokens in a sequence")
+    grad_accumulation_steps: int = option(
+        0, "micro-batches a step, over all processes together (unset: one per process)",
+        aliases=("grad_accum_steps", "gradient_accumulation_steps"),
+    )
+    num_iterations: int = option(1000, "optimizer steps")
+    learning_rate: float = option(6e-4, "learning rate between warm-up and warm-down")
+    warmup_iters: int = option(0, "steps of linear warm-up from 0")
+    warmdown_iters: int = option(0, "last steps, of linear warm-down to 0")
+    weight_decay: float = option(0.1, "AdamW's decoupled weight decay, on matrices only")
+    beta1: float = option(0.9, "AdamW's decay of the gradient's mean")
+    beta2: float = option(0.95, "AdamW's decay of the gradient's square")
+    grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping")
+    seed: int = option(1337, "seed of the initial weights and of --shuffle")
+    shuffle: bool = option(False, "permute the sequences in each epoch, by seed and epoch")
+    val_loss_every: int = option(250, "steps between validations; 0: only after the last step")
+    val_tokens: int = option(1_048_576, "targets in a validation, the first of the shards")
+    val_batch_size: int = option(0, "sequences in a validation batch of one process; 0: batch_size")
+    target_val_loss: float = option(0.0, "stop when the validation loss is at most this; 0: never")
+    save_every: int = option(0, "steps between checkpoints; 0: only after the last step")
+    save_checkpoints: bool = option(True, "write checkpoints at all")
+    log_every: int = option(10, "steps between lines on the console (the log file and metrics.jsonl have every step)")
+    device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    compile: bool = option(None, "torch.compile the model (unset: on CUDA)", aliases=("use_compile",))
+    log_wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
+    wandb_project: str = option("train_gpt2_mod", "project for --log_wandb")
+
+    def __post_init__(self):
+        check_fields(self)
+        counts = ("batch_size", "sequence_length", "grad_accumulation_steps", "num_iterations", "val_tokens",
+                  "log_every")
+        for name in counts:
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        fits = self.warmup_iters + self.warmdown_iters <= self.num_iterations
+        require(fits, f"warmup_iters={self.warmup_iters} + warmdown_iters={self.warmdown_iters} must not exceed "
+                f"num_iterations={self.num_iterations}; shorten them or train longer")
+        for name in ("beta1", "beta2"):
+            require(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1; 0.9 and 0.95 are usual")
+
+    @property
+    def sequences_per_step(self):
+        return self.batch_size * self.grad_accumulation_steps
+
+    @property
+    def tokens_per_step(self):
+        return self.sequences_per_step * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Shorthand:
+    """Flags that act once, when a run is put together: the rules below turn them into fields of the other two."""
+
+    resume: str = option("", "go on from a checkpoint: a path, or auto (the newest of this network in --output_dir)")
+    gqa_enabled: bool = option(False, "grouped-query attention: kv_head_ratio 0.25, embd_scale 1.12 unless typed")
+    kv_head_ratio: float = option(0.25, "key/value heads as a share of the query heads, rounded down to a divisor")
+    embd_scale: float = option(1.0, "widen n_embd by this factor, to a head size that is a multiple of 8", parse=number)
+    total_batch_size: int = option(0, "tokens a step over all processes; sets --grad_accumulation_steps")
+
+
+# Presets are what differs from GPTConfig's defaults, which are d12's.
+HYBRID = dict(post_norm=True, qk_norm=True)
+base_configs: dict[str, dict[str, Any]] = {
+    "d12": dict(),
+    "d12_mlp3x": dict(n_head=13, n_embd=832, mlp_expansion_factor=3.0, **HYBRID),
+    "d12_mlp2x": dict(n_head=15, n_embd=960, mlp_expansion_factor=2.0, **HYBRID),
+    "d12_mlp3x_no_comp": dict(mlp_expansion_factor=3.0, **HYBRID),
+    "d12_post_norm": dict(post_norm=True),
+    "d12_post_norm_qk_norm": dict(**HYBRID),
+    "d12_gqa": dict(n_kv_head=4, **HYBRID),
+    "d12_mqa": dict(n_kv_head=1),
+    "d12_window": dict(window=256, **HYBRID),
+    "d12_window_large": dict(window=512, **HYBRID),
+    "d12_swiglu": dict(mlp="swiglu", mlp_expansion_factor=8 / 3),
+    "d24": dict(n_layer=24, n_head=16, n_embd=1024),
+    "d36": dict(n_layer=36, n_head=20, n_embd=1280),
+    "d48": dict(n_layer=48, n_head=25, n_embd=1600),
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128),
+    "mini": dict(n_layer=6, n_head=6, n_embd=384),
+}
+
+
+class Machine(NamedTuple):
+    """What the rules may know of the place a run is put together on."""
+
+    world_size: int
+    device_type: str
+    has_bf16: bool
+    vocab_size: int  # of the shards
+
+
+ANY_MACHINE = Machine(world_size=1, device_type="cuda", has_bf16=True, vocab_size=GPT2_VOCAB_SIZE)
+
+# From flags to a configuration: an ordered list of pure rules. Each takes the fields known so far, what was typed and
+# the machine, and gives the fields it sets and a note for the log. A rule acts only on what was typed or is still
+# unknown, so a resolved configuration passes through unchanged.
+
+
+def rule_heads_of_width(fields, typed, machine):
+    if "n_embd" not in typed or "n_head" in typed:
+        return {}, None
+    width = typed["n_embd"]
+    require(width >= HEAD_DIM and width % HEAD_DIM == 0, f"n_embd={width} must be a multiple of {HEAD_DIM} when no "
+            f"--n_head is typed; type one, or try n_embd {nearest_multiples(width, HEAD_DIM)}")
+    return dict(n_head=width // HEAD_DIM), f"n_head={width // HEAD_DIM}: heads of size {HEAD_DIM} for n_embd={width}"
+
+
+def rule_kv_heads(fields, typed, machine):
+    n_head = fields["n_head"]
+    wanted = typed.get("gqa_enabled", False)
+    if "n_kv_head" in typed:
+        require("kv_head_ratio" not in typed, "n_kv_head and kv_head_ratio both say how many key/value heads; drop one")
+        kept = typed["n_kv_head"] or n_head
+        require(not wanted or kept < n_head, f"gqa_enabled needs fewer key/value heads than n_head={n_head}, "
+                f"not n_kv_head={kept}; drop one of the two flags")
+        return {}, None
+    if "kv_head_ratio" not in typed and (not wanted or 0 < fields["n_kv_head"] < n_head):
+        return {}, None
+    ratio = typed.get("kv_head_ratio", Shorthand.kv_head_ratio)
+    require(0 < ratio <= 1, f"kv_head_ratio={ratio} must be above 0 and at most 1")
+    n_kv_head = next(k for k in range(max(1, int(n_head * ratio)), 0, -1) if n_head % k == 0)
+    require(not wanted or n_kv_head < n_head, f"kv_head_ratio={ratio} leaves all {n_head} key/value heads, "
+            "which is not what gqa_enabled asks for; lower the ratio or drop the flag")
+    return dict(n_kv_head=n_kv_head), f"n_kv_head={n_kv_head}: {ratio:g} of n_head={n_head}"
+
+
+def rule_embd_scale(fields, typed, machine):
+    scale = typed.get("embd_scale", 1.12 if typed.get("gqa_enabled") else 1.0)
+    if scale == 1.0:
+        return {}, None
+    require(scale > 0, f"embd_scale={scale} must be above 0")
+    n_embd, n_head = fields["n_embd"], fields["n_head"]
+    head_dim = max(8, 8 * math.floor(n_embd * scale / n_head / 8 + 0.5))
+    note = f"n_embd={n_head * head_dim}: {n_embd} x {scale:g} in {n_head} heads of size {head_dim}, a multiple of 8"
+    return dict(n_embd=n_head * head_dim), note
+
+
+def rule_mtp(fields, typed, machine):
+    ignored = [name for name in typed if name.startswith("mtp_") and name != "mtp_enabled"]
+    require(fields["mtp_enabled"] or not ignored, f"{', '.join(ignored)} without mtp_enabled would be ignored; "
+            "add --mtp_enabled")
+    return {}, None
+
+
+def rule_precision(fields, typed, machine):
+    if "precision" not in fields:
+        bf16 = machine.device_type == "cuda" and machine.has_bf16
+        return dict(precision="bf16" if bf16 else "fp32"), None
+    need_cuda = fields["precision"] == "fp16" and machine.device_type != "cuda"
+    require(not need_cuda, f"precision=fp16 needs CUDA, and this run is on {machine.device_type}; use bf16 or fp32")
+    return {}, None
+
+
+def rule_vocabulary(fields, typed, machine):
+    size = fields.get("vocab_size", machine.vocab_size)
+    require(size == machine.vocab_size, f"vocab_size={size} differs from the shards' vocabulary of "
+            f"{machine.vocab_size}; drop --vocab_size or name other shards")
+    return dict(vocab_size=size), None
+
+
+def rule_accumulation(fields, typed, machine):
+    """Micro-batches a step, as typed in either way; else as many tokens as a resumed run had; else one per process."""
+    per_micro_batch, world = fields["batch_size"] * fields["sequence_length"], machine.world_size
+    require(per_micro_batch >= 1, "batch_size and sequence_length must be at least 1")
+    tokens, steps = typed.get("total_batch_size"), typed.get("grad_accumulation_steps")
+    if tokens is None and steps is None:
+        tokens = fields.get("tokens_per_step")  # of the checkpoint: a resume keeps it
+        steps = world if tokens is None else None
+    if tokens is not None:
+        step_tokens = per_micro_batch * world
+        require(tokens >= step_tokens and tokens % step_tokens == 0,
+                f"total_batch_size={tokens} must be a multiple of batch_size x sequence_length x processes = "
+                f"{fields['batch_size']} x {fields['sequence_length']} x {world} = {step_tokens}; "
+                f"try {nearest_multiples(tokens, step_tokens)}")
+        require(steps in (None, tokens // per_micro_batch), f"total_batch_size={tokens} takes "
+                f"{tokens // per_micro_batch} micro-batches, not grad_accumulation_steps={steps}; drop one of the two")
+        steps = tokens // per_micro_batch
+    require(steps >= 1 and steps % world == 0, f"grad_accumulation_steps={steps} counts micro-batches over all "
+            f"processes and must be a multiple of their number, {world}; try {nearest_multiples(steps, world)}")
+    note = (f"tokens per step: {steps * per_micro_batch:,} = {steps} x {fields['batch_size']} x "
+            f"{fields['sequence_length']} (micro-batches x sequences x tokens)")
+    return dict(grad_accumulation_steps=steps), note
+
+
+RULES = (
+    # rule, and the shorthands it consumes
+    (rule_heads_of_width, ()),
+    (rule_kv_heads, ("gqa_enabled", "kv_head_ratio")),
+    (rule_embd_scale, ("embd_scale",)),
+    (rule_mtp, ()),
+    (rule_precision, ()),
+    (rule_vocabulary, ()),
+    (rule_accumulation, ("total_batch_size",)),
+)
+FOUND_BY_RULES = ("vocab_size", "precision", "grad_accumulation_steps")  # no default counts: a rule finds them
+
+
+def field_defaults(cls):
+    """Field name -> default, without the fields for which a rule finds the value."""
+    return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in FOUND_BY_RULES}
+
+
+def resolve(typed, machine, base=None):
+    """Turn typed flags into the two configurations.
+
+    Precedence: defaults < preset < typed; with `base` (the fields of a checkpoint's configurations) it is base < typed,
+    and a typed --model, or a shorthand that starts from the preset's numbers, puts the preset in place of base's
+    network. Returns GPTConfig, TrainConfig, notes for the log.
+    """
+    network, fields = field_defaults(GPTConfig), field_defaults(TrainConfig)
+    fields.update(base or network)
+    name = typed.get("model", fields["model"])
+    if base is None or typed.keys() & {"model", "gqa_enabled", "kv_head_ratio", "embd_scale"}:
+        require(name in base_configs, unknown_choice("model", name, base_configs))
+        fields.update(network, **base_configs[name])
+    fields.update(typed)
+    consumed, notes = {"resume", "tokens_per_step"}, []
+    for rule, consumes in RULES:
+        changes, note = rule(fields, typed, machine)
+        fields.update(changes)
+        consumed.update(consumes)
+        notes += [note] if note else []
+    gpt, run = ({f.name: fields[f.name] for f in dataclasses.fields(c)} for c in (GPTConfig, TrainConfig))
+    left_over = set(fields) - set(gpt) - set(run) - consumed
+    assert not left_over, f"no rule consumes {left_over}"
+    return GPTConfig(**gpt), TrainConfig(**run), notes
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose complaints are one line, like all others."""
+
+    def error(self, message):
+        raise ConfigError(f"{message}; --help lists the flags")
+
+
+def make_parser():
+    """The parser of all flags, from the fields of the three dataclasses."""
+    parser = FlagParser(prog="train_gpt2_mod.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                        argument_default=argparse.SUPPRESS)
+    for cls in (GPTConfig, TrainConfig, Shorthand):
+        group = parser.add_argument_group(cls.__name__, cls.__doc__.split("\n\n")[0])
+        for f in dataclasses.fields(cls):
+            choices = f.metadata["choices"]
+            choices = choices() if callable(choices) else choices
+            text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+            if f.default not in (None, "", False) and f.name not in FOUND_BY_RULES:
+                text += f" [{f.default}]"
+            names = (f.name, *f.metadata["aliases"])
+            settings = dict(dest=f.name, help=text.replace("%", "%%"))
+            if f.type is not bool:
+                kind = f.metadata["parse"] or f.type
+                group.add_argument(*(f"--{n}" for n in names), type=kind, metavar=f.type.__name__.upper(), **settings)
+                continue
+            group.add_argument(*(f"--{n}" for n in names), action="store_true", **settings)
+            if cls is not Shorthand:
+                settings["help"] = argparse.SUPPRESS
+                group.add_argument(*(f"--no_{n}" for n in names), action="store_false", **settings)
+    return parser
+
+
+def parse_flags(argv):
+    """What was typed, as a dict from field name to value. Dashes and underscores are the same in a flag's name, and
+    every boolean flag has its --no_ form."""
+    parser, normal = make_parser(), []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        dashed = flag.startswith("--") and len(flag) > 2
+        normal.append("--" + flag[2:].replace("-", "_") + equals + value if dashed else argument)
+    typed, unknown = parser.parse_known_args(normal)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(flag, parser._option_string_actions, 1)
+        raise ConfigError(f"{flag} is not a flag; " + (f"did you mean {close[0]}?" if close else "--help lists them"))
+    return vars(typed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# World and log: the processes, and where lines and records go
+
+
+class World:
+    """The processes of this run as torchrun's environment tells them (without torchrun: one), and this one's device.
+
+    A context manager: the process group lives inside it. Reductions are over all processes, so that the loop has no
+    `if distributed`.
+    """
+
+    def __init__(self, device="auto"):
+        try:
+            given = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+            self.rank, self.local_rank, self.size = (int(os.environ.get(name, given[name])) for name in given)
+        except ValueError as e:
+            raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE must be numbers ({e}); launch with torchrun") from e
+        self.is_main = self.rank == 0
+        self.device = self.find_device(device)
+
+    def find_device(self, wanted):
+        available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+        kind = next(d for d in available if available[d]) if wanted == "auto" else wanted
+        require(kind in available, unknown_choice("device", kind, ("auto", *available)))
+        require(available[kind], f"device={kind} is not available to torch {torch.__version__}; use one of "
+                f"{', '.join(d for d in available if available[d])}")
+        if kind != "cuda":
+            return torch.device(kind)
+        require(self.local_rank < torch.cuda.device_count(), f"local rank {self.local_rank} has no GPU of its own: "
+                f"{torch.cuda.device_count()} visible; lower --nproc_per_node")
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    def machine(self, vocab_size):
+        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return Machine(self.size, self.device.type, bf16, vocab_size)
+
+    def __enter__(self):
+        if self.size > 1:
+            cuda = self.device.type == "cuda"
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
+        return self
+
+    def __exit__(self, *error):
+        # A DDP object that outlives its process group aborts gloo at exit, so what is unreachable goes first.
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, tensor):
+        """Sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor):
+        """Mean over the processes, in place."""
+        return self.sum(tensor) if self.size == 1 else self.sum(tensor).div_(self.size)
+
+    def gather(self, item):
+        """The items of all processes in order of rank, on every process."""
+        items = [item]
+        if self.size > 1:
+            items = [None] * self.size
+            dist.all_gather_object(items, item)
+        return items
+
+    def synchronize(self):
+        """Wait until the device has done all that was asked of it."""
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).synchronize()
+
+    def peak_memory_mb(self):
+        """Peak memory of this process in MiB: of the device where it keeps count, else resident on the host."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() // 2**20
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory() // 2**20
+        import resource  # not on Windows
+
+        unit = 1 if platform.system() == "Darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+
+    def peak_flops(self):
+        """The device's dense bf16 peak in FLOP/s, None where the table does not know it."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name()
+        return next((1e12 * peak for gpu, peak in GPU_PEAK_TFLOPS.items() if gpu in name), None)
+
+    def describe(self):
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine()
+        count = f"{self.size} process{'es' * (self.size > 1)}"
+        return f"{count} on {self.device.type} ({name}), {torch.get_num_threads()} CPU threads"
+
+
+class NullLog:
+    """Takes everything, writes nothing: the log of every process but the first, and the base of RunLog."""
+
+    def text(self, line):
+        """A line for the console and the log file."""
+
+    def record(self, record, steps):
+        """One flat record: formatted for the eye, whole for metrics.jsonl and W&B. `steps` is the run's total."""
+
+    def summary(self, details):
+        """What there is to say of a whole run, as a dict for W&B (the log has it in words)."""
+
+    def close(self):
+        """Flush and release."""
+
+
+class RunLog(NullLog):
+    """Console, <run_id>.log, metrics.jsonl and, when asked, W&B. Each step is in all files; on the console every
+    `log_every`-th step stays, and on a terminal the last line shows the steps between."""
+
+    def __init__(self, folder, log_every, wandb_run=None):
+        self.log_every, self.wandb_run = log_every, wandb_run
+        self.file = open(folder / f"{folder.name}.log", "a", buffering=1)
+        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)
+        self.overwrite = "\r\x1b[K" if sys.stdout.isatty() else ""
+
+    def text(self, line):
+        self.file.write(line + "\n")
+        sys.stdout.write(f"{self.overwrite}{line}\n")
+        sys.stdout.flush()
+
+    def record(self, record, steps):
+        line = format_record(record, steps)
+        self.metrics.write(json.dumps(record) + "\n")
+        if self.wandb_run:
+            self.wandb_run.log({k: v for k, v in record.items() if v is not None}, step=record["tokens"])
+        step = record["step"]
+        if "val_loss" in record or step % self.log_every == 0 or step in (1, steps):
+            self.text(line)
+            return
+        self.file.write(line + "\n")
+        if self.overwrite:
+            sys.stdout.write(self.overwrite + line[: os.get_terminal_size().columns - 1])
+            sys.stdout.flush()
+
+    def summary(self, details):
+        if self.wandb_run:
+            self.wandb_run.log(details)
+
+    def close(self):
+        self.file.close()
+        self.metrics.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def format_record(record, steps):
+    """The console line of a record: `step:S/N | loss L | ... | step_avg:X ms`, or the validation's."""
+    head = f"step:{record['step']}/{steps}"
+    if "val_loss" in record:
+        parts = [f"val_loss {record['val_loss']:.4f}"]
+        if record["mtp_weight"]:
+            parts.append(f"val_mtp_loss {record['val_mtp_loss']:.4f}")
+        parts += [f"targets {record['val_targets']:,}", f"tokens {record['tokens']:,}"]
+        parts += [f"time {record['time'] / 1000:.1f} s"]
+        return " | ".join([head, *parts])
+    norm, mfu = record["grad_norm"], record["mfu"]
+    parts = [
+        f"loss {record['train_loss']:.4f}",
+        f"lr {record['lr']:.2e}",
+        "norm " + ("overflow" if norm is None else f"{norm:.3f}"),
+        f"{record['tokens_per_second']:,.0f} tok/s",
+        "mfu " + ("n/a" if mfu is None else f"{100 * mfu:.1f}%"),
+        f"mem {record['peak_mem_MB']:,} MiB",
+        f"left {datetime.timedelta(seconds=round(record['seconds_left']))}",
+        f"step_avg:{record['step_avg_ms']:.2f} ms",
+    ]
+    return " | ".join([head, *parts])
+
+
+def new_run_id(model):
+    return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{model}-{secrets.token_hex(2)}"
+
+
+def make_run_folder(output_dir, run_id):
+    folder = Path(output_dir) / run_id
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{run_id}.log", "a"):
+            pass
+    except OSError as e:
+        raise ConfigError(f"output_dir={output_dir} cannot be written ({e.strerror}); name another folder") from e
+    return folder
+
+
+def trim_metrics(folder, step):
+    """Drop the records of steps that a resumed run will do again."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a record cut short by a crash
+            kept += [line] if json.loads(line)["step"] <= step else []
+    write_atomically(path, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
+
+
+def open_log(world, config, run, run_id, notes, checkpoint):
+    """The log of this process. The first one's opens with the run's source, versions and command."""
+    if not world.is_main:
+        return NullLog()
+    folder = make_run_folder(run.output_dir, run_id)
+    settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run))
+    write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode() + b"\n"))
+    trim_metrics(folder, checkpoint["step"] if checkpoint else 0)
+    log = RunLog(folder, run.log_every, start_wandb(run, run_id, settings, folder) if run.log_wandb else None)
+    if not checkpoint:
+        log.file.write(Path(__file__).read_text() + "\n" + "-" * 100 + "\n")
+    log.text(f"run {run_id}: {shlex.join(sys.argv)}")
+    versions = f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    log.text(f"{versions}; {world.describe()}")
+    for note in notes:
+        log.text(note)
+    return log
+
+
+def start_wandb(run, run_id, settings, folder):
+    try:
+        import wandb
+    except ImportError as e:
+        raise ConfigError("log_wandb needs the package wandb; pip install wandb, or drop --log_wandb") from e
+    flat = {**settings["network"], **settings["run"]}
+    return wandb.init(project=run.wandb_project, name=run_id, id=run_id, resume="allow", config=flat, dir=folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model. Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head_dim, V vocabulary
+
+
+class Context(NamedTuple):
+    """What every mixer of one forward pass shares."""
+
+    cos: torch.Tensor  # (T, D/2)
+    sin: torch.Tensor  # (T, D/2)
+    mask: Any  # None: causal; else (T, T), True where a query (row) may look, or FlexAttention's BlockMask
+
+
+def norm(x):
+    """RMSNorm over the last dimension, without weights (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+class Norm(nn.Module):
+    def forward(self, x):
+        return norm(x)
+
+
+class Rotary(nn.Module):
+    """The angles of rotary position embeddings (Su et al. 2021, arXiv:2104.09864, section 3.2.2), as cos and sin of
+    shape (T, D/2). The tables are built ahead: in a compiled graph they would be computed anew in every layer."""
+
+    def __init__(self, head_dim, base, length=1024):
+        super().__init__()
+        self.head_dim, self.base = head_dim, base
+        self.build(length)
+
+    def build(self, length, device=None):
+        angles = np.outer(np.arange(length), self.base ** (-np.arange(0, self.head_dim, 2) / self.head_dim))
+        for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles))):
+            table = torch.from_numpy(table).to(torch.get_default_dtype())
+            self.register_buffer(name, table.to(device), persistent=False)
+
+    def forward(self, T):
+        if T > self.cos.size(0):
+            self.build(T, self.cos.device)
+        return self.cos[:T], self.sin[:T]
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[d], x[d + D/2]) of x (B, heads, T, D) by the angles: the half-split layout of Llama."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def window_mask(T, window, device):
+    """The mask of causal attention over the last `window` tokens, the query's own included; None where that is plain
+    causal attention. Compiled on CUDA it is FlexAttention's, which skips blocks outside; elsewhere a dense (T, T)."""
+    if window == 0 or window >= T:
+        return None
+    if device.type == "cuda" and torch.compiler.is_compiling():
+        return create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < window), None, None, T, T, device=device)
+    q, k = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
+    return (q >= k) & (q - k < window)
+
+
+class CausalSelfAttention(nn.Module):
+    """Causal self-attention, (B, T, C) -> (B, T, C). Multi-head, grouped-query (Ainslie et al. 2023, arXiv:2305.13245)
+    and multi-query attention, full or windowed, are values of the config: n_kv_head, window, qk_norm."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.window = config.window
+        self.qk_norm = Norm() if config.qk_norm else nn.Identity()
+        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def qkv(self, x, ctx):
+        """(B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), q and k normalised (if so configured) and rotated."""
+        B, T, _ = x.shape
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        q, k = (rotate(self.qk_norm(z), ctx.cos, ctx.sin).type_as(v) for z in (q, k))
+        return q, k, v
+
+    def attend(self, q, k, v, mask):
+        """Softmax attention, (B, H, T, D) from q, k, v; query head h uses key/value head h // (H / K)."""
+        grouped = self.n_kv_head < self.n_head
+        if mask is None or isinstance(mask, torch.Tensor):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+
+    def out(self, y):
+        """(B, H, T, D) -> (B, T, C)."""
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+    def forward(self, x, ctx):
+        return self.out(self.attend(*self.qkv(x, ctx), ctx.mask))
+
+    def flops(self, T):
+        """FLOPs per token of scores and weighted sum, forward and backward, over the full square of T x T (T x window):
+        the convention of PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B)."""
+        return 12 * self.n_head * self.head_dim * min(T, self.window or T)
+
+
+class MLP(nn.Module):
+    """(B, T, C) -> (B, T, C) through ffn_hidden GELUs (exact, as in torch's default)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.ffn_hidden, bias=False)
+        self.c_proj = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x)))
+
+
+class SwiGLUMLP(nn.Module):
+    """(B, T, C) -> (B, T, C): silu(gate) * up, projected down (Shazeer 2020, arXiv:2002.05202, eq. 6). Gate and up are
+    the halves of one matrix, in that order, so that one product makes both."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 2 * config.ffn_hidden, bias=False)
+        self.c_proj = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        return self.c_proj(F.silu(gate) * up)
+
+
+mlps = {"gelu": MLP, "swiglu": SwiGLUMLP}
+
+
+class Block(nn.Module):
+    """x + s norm(attention(norm(x))), then x + norm(mlp(norm(x))), the outer norms only with post_norm;
+    s = 1/sqrt(2 n_layer) keeps the residual stream's growth independent of depth."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = mlps[config.mlp](config)
+        self.attn_norm = Norm() if config.post_norm else nn.Identity()
+        self.mlp_norm = Norm() if config.post_norm else nn.Identity()
+        self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
+
+    def forward(self, x, ctx):
+        x = x + self.attn_scale * self.attn_norm(self.attn(norm(x), ctx))
+        return x + self.mlp_norm(self.mlp(norm(x)))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer with tied embeddings: token ids (B, T) -> logits (B, T, V) and loss.
+
+    Every matrix starts uniform in +-1/sqrt(fan_in), torch's default for a linear layer, the tied embedding included.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.rotary = Rotary(config.head_dim, config.rope_base)
+        blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
+        self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, config.n_embd), h=blocks))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        # A buffer, not a number: a compiled graph reads its value at each call, so the ramp compiles nothing anew.
+        self.register_buffer("mtp_weight_buffer", torch.tensor(config.mtp_weight), persistent=False)
+
+    def hidden(self, idx):
+        """(B, T) -> the normalised residual stream after the last block, (B, T, C)."""
+        x = self.transformer.wte(idx)
+        ctx = Context(*self.rotary(idx.size(1)), window_mask(idx.size(1), self.config.window, idx.device))
+        for block in self.transformer.h:
+            x = block(x, ctx)
+        return norm(x)
+
+    def head(self, x):
+        """(B, T, C) -> logits (B, T, V)."""
+        rows = self.config.vocab_size
+        padding = -rows % HEAD_ROWS_MULTIPLE if x.is_cuda else 0  # CPU kernels gain nothing
+        return F.linear(x, F.pad(self.lm_head.weight, (0, 0, 0, padding)))[..., :rows]
+
+    def forward(self, idx, targets_dict=None, return_logits=True, return_loss_components=False):
+        """Token ids idx (B, T); targets_dict["target_k"] (B, T) holds the token k ahead of each position, IGNORED where
+        there is none. Gives (logits, loss), either of them None where not asked for; with return_loss_components
+        (logits, (main_loss, aux_loss)), aux_loss None without MTP. Losses are means in nats."""
+        logits = self.head(self.hidden(idx))
+        loss = None
+        if targets_dict is not None:
+            main, aux = loss_components(logits, targets_dict, self.config)
+            if return_loss_components:
+                loss = main, aux
+            else:
+                loss = main if aux is None else main + self.mtp_weight_buffer * aux
+        return logits if return_logits else None, loss
+
+    def parameter_count(self):
+        """Parameters, the tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T):
+        """FLOPs of a token of training, forward and backward: 6 a parameter and the attention's own, as PaLM counts."""
+        return 6 * self.parameter_count() + sum(block.attn.flops(T) for block in self.transformer.h)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def cross_entropy(logits, targets):
+    """Mean over the targets that are not IGNORED of -log softmax(logits)[target]; logits (B, T, V), targets (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def loss_components(logits, targets_dict, config):
+    """Next-token loss, and with MTP the mean of the losses of the same logits against the targets 2..mtp_max_steps
+    (else None). Simpler than Gloeckle et al. 2024 (arXiv:2404.19737), who give each offset its own head."""
+    main = cross_entropy(logits, targets_dict["target_1"])
+    if not (config.mtp_enabled and config.mtp_max_steps > 1 and config.mtp_weight > 0):
+        return main, None
+    offsets = range(2, config.mtp_max_steps + 1)
+    return main, sum(cross_entropy(logits, targets_dict[f"target_{k}"]) for k in offsets) / len(offsets)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numerics: autocast, the loss scaler, one optimizer step
+
+
+class Numerics:
+    """What precision means to the loop. Weights, gradients and optimizer stay fp32; matrix products run in `dtype`. The
+    scaler is real for fp16 and passes everything through otherwise (Micikevicius et al. 2018, arXiv:1710.03740)."""
+
+    def __init__(self, precision, device):
+        self.device_type = device.type
+        self.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def autocast(self):
+        return torch.autocast(self.device_type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()
+
+    def step(self, optimizer, parameters, grad_clip):
+        """Clip, update, forget the gradients. Gives the norm of the gradient before clipping, as a tensor; a step whose
+        scaled gradients overflowed is skipped by the scaler, which then lowers its scale."""
+        self.scaler.unscale_(optimizer)
+        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if grad_clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return grad_norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+def make_optimizer(model, run, device):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with decay on matrices only, each parameter in one group."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=run.weight_decay), dict(params=others, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), eps=1e-8, fused=fused)
+
+
+class Plan(NamedTuple):
+    """The scheduled values of one step."""
+
+    lr: float
+    mtp_weight: float
+
+
+def plan(step, config, run):
+    """The values of step number `step`, counted from 0: linear warm-up, constant, linear warm-down; MTP's ramp."""
+    rising = (step + 1) / run.warmup_iters if step < run.warmup_iters else 1.0
+    left = run.num_iterations - step
+    falling = left / run.warmdown_iters if left < run.warmdown_iters else 1.0
+    ramp = min(1.0, step / config.mtp_rampup_steps) if config.mtp_rampup_steps else 1.0
+    mtp_weight = config.mtp_weight * ramp if config.mtp_enabled else 0.0
+    return Plan(lr=run.learning_rate * min(rising, falling), mtp_weight=mtp_weight)
+
+
+def apply_plan(row, model, optimizer):
+    for group in optimizer.param_groups:
+        group["lr"] = row.lr
+    model.mtp_weight_buffer.fill_(row.mtp_weight)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: token shards joined end to end, and one global order of sequences whatever the number of processes
+
+
+class TokenShards:
+    """The tokens of all shards that match a pattern, in order of name, joined end to end and memory-mapped.
+
+    A shard is llm.c's: 256 little-endian int32 (magic, version, number of tokens, vocabulary size or 0 for GPT-2's,
+    zeros), then the tokens as uint16. Raises DataError for a shard that is not one.
+    """
+
+    def __init__(self, pattern):
+        self.files = sorted(glob.glob(os.path.expanduser(pattern)))
+        if not self.files:
+            raise DataError(f"no file matches '{pattern}'; python data/fineweb.py 1 fetches a first shard of FineWeb, "
+                            "python data/prepare.py makes shards of your own text")
+        opened = [self.open(path) for path in self.files]
+        self.shards, sizes = [shard for shard, _ in opened], {size for _, size in opened}
+        if len(sizes) > 1:
+            raise DataError(f"'{pattern}' matches shards of vocabularies {sorted(sizes)}; narrow it to one tokenizer's")
+        self.vocab_size = sizes.pop()
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.total = int(self.starts[-1])
+
+    @staticmethod
+    def open(path):
+        """(memory-mapped tokens, vocabulary size) of one shard, its header checked against its length."""
+        try:
+            header = np.fromfile(path, "<i4", 256)
+            size = os.path.getsize(path)
+        except OSError as e:
+            raise DataError(f"{path} cannot be read ({e.strerror})") from e
+        if len(header) < 256 or header[0] != SHARD_MAGIC:
+            raise DataError(f"{path} is not a token shard (no {SHARD_MAGIC} at its head); data/prepare.py makes shards")
+        if header[1] != SHARD_VERSION:
+            raise DataError(f"{path} is a shard of version {header[1]}; this script reads version {SHARD_VERSION}")
+        tokens = (size - SHARD_HEADER_BYTES) // 2
+        if header[2] < 0 or size != SHARD_HEADER_BYTES + 2 * int(header[2]):
+            raise DataError(f"{path} is truncated or corrupt: {header[2]} tokens by its header, {tokens} by its "
+                            "length; make or fetch it again")
+        if tokens == 0:
+            raise DataError(f"{path} holds no tokens; remove it")
+        return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES), int(header[3]) or GPT2_VOCAB_SIZE
+
+    def check_ids(self, rank=0, world_size=1):
+        """Raise DataError for a token id past the vocabulary: on a GPU it would be a crash without a name. Each process
+        reads its share of the shards."""
+
+        def check(i):
+            largest = int(self.shards[i].max())
+            if largest >= self.vocab_size:
+                where = int(np.argmax(self.shards[i] >= self.vocab_size))
+                raise DataError(f"{self.files[i]}: token {where} is {self.shards[i][where]}, past the vocabulary of "
+                                f"{self.vocab_size}; make the shard again with its own tokenizer")
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(check, range(rank, len(self.shards), world_size)))
+
+    def read(self, start, count):
+        """Tokens [start, start + count) of the joined shards, as int64."""
+        pieces = []
+        while count > 0:
+            i = int(np.searchsorted(self.starts, start, side="right")) - 1
+            piece = self.shards[i][start - self.starts[i] :][:count]
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return np.concatenate(pieces).astype(np.int64)
+
+
+def to_device(rows, T, lookahead, device):
+    """Rows (B, T + lookahead) as inputs (B, T) and {"target_k": (B, T)} on the device, copied without waiting."""
+    rows = torch.from_numpy(rows)
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :T].clamp(min=0), {f"target_{k}": rows[:, k : k + T] for k in range(1, lookahead + 1)}
+
+
+class DistributedDataLoader:
+    """Endless training batches of this process.
+
+    Row i of an epoch is tokens [iT, iT + T + lookahead) of the joined shards; with shuffle the rows are permuted by
+    (seed, epoch). A step takes the next rows, in micro-batches that the processes take in turn: so a step trains on the
+    same rows for any number of processes. An epoch ends where a whole step no longer fits. The next batch is read and
+    copied while the device computes with the one before.
+    """
+
+    def __init__(self, shards, run, lookahead, world):
+        self.shards, self.lookahead, self.world, self.device = shards, lookahead, world, world.device
+        self.B, self.T, self.micro_batches = run.batch_size, run.sequence_length, run.grad_accumulation_steps
+        self.seed = run.seed if run.shuffle else None
+        needed = run.tokens_per_step + lookahead
+        if needed > shards.total:
+            raise DataError(f"a step of {run.tokens_per_step:,} tokens (and {lookahead} ahead) is larger than the "
+                            f"{shards.total:,} tokens of '{run.input_bin}'; lower --batch_size or --total_batch_size")
+        self.load_state_dict(dict(epoch=0, tokens=0))
+
+    def state_dict(self):
+        """The cursor after the last batch given out: the epoch, and the tokens of it that whole steps have taken."""
+        return dict(self.cursor)
+
+    def load_state_dict(self, state):
+        self.cursor = dict(state)
+        self.batches = self.iterate(state["epoch"], state["tokens"])
+        self.ahead = None
+
+    def next_batch(self):
+        """(inputs (B, T), {"target_k": (B, T)}), token ids on the device."""
+        x, targets, self.cursor = self.ahead or next(self.batches)
+        self.ahead = next(self.batches)
+        return x, targets
+
+    def iterate(self, epoch, tokens):
+        tokens_per_step = self.B * self.T * self.micro_batches
+        order = self.order(epoch)
+        while True:
+            if tokens + tokens_per_step + self.lookahead > self.shards.total:
+                epoch, tokens = epoch + 1, 0
+                order = self.order(epoch)
+            turns = range(self.world.rank, self.micro_batches, self.world.size)
+            for turn in turns:
+                first = tokens // self.T + turn * self.B
+                rows = range(first, first + self.B) if order is None else order[first : first + self.B]
+                batch = np.stack([self.shards.read(int(row) * self.T, self.T + self.lookahead) for row in rows])
+                done = tokens + (tokens_per_step if turn == turns[-1] else 0)
+                yield *to_device(batch, self.T, self.lookahead, self.device), dict(epoch=epoch, tokens=done)
+            tokens += tokens_per_step
+
+    def order(self, epoch):
+        if self.seed is None:
+            return None
+        return np.random.default_rng((self.seed, epoch)).permutation((self.shards.total - self.lookahead) // self.T)
+
+
+def validation_batches(shards, run, lookahead, world):
+    """The first val_tokens targets (or all there are) as consecutive windows of T without overlap: this process's
+    batches as (inputs, targets, number of next-token targets), all of one shape, filled up with IGNORED targets."""
+    B, T = run.val_batch_size or run.batch_size, run.sequence_length
+    targets = min(run.val_tokens, shards.total - 1)
+    for start in range(world.rank * B * T, targets, world.size * B * T):
+        rows = np.full((B, T + lookahead), IGNORED, dtype=np.int64)
+        for i, first in enumerate(range(start, min(start + B * T, targets), T)):
+            end = first + T + lookahead if first + T <= targets else targets + 1
+            tokens = shards.read(first, min(end, shards.total) - first)
+            rows[i, : len(tokens)] = tokens
+        yield *to_device(rows, T, lookahead, world.device), min(start + B * T, targets) - start
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parallel: compilation and data parallelism, in one call
+
+
+def why_no_compile(device):
+    """None if torch.compile works on this device, else the reason in one line. Tried on a function of one line, since a
+    missing compiler or Triton shows only then."""
+    try:
+        torch.compile(lambda x: torch.relu(x) + 1)(torch.ones(8, device=device)).sum().item()
+    except Exception as e:
+        return (str(e).strip() or type(e).__name__).splitlines()[0]
+    finally:
+        torch._dynamo.reset()
+    return None
+
+
+def parallelize(model, run, world, log):
+    """Compile the model in place (so that its state_dict keeps its names) and wrap it for the processes there are."""
+    wanted = run.compile if run.compile is not None else world.device.type == "cuda"
+    reason = why_no_compile(world.device) if wanted else None
+    if reason:
+        log.text(f"torch.compile does not work here, training goes on uncompiled and slower: {reason}")
+    elif wanted:
+        model.compile(dynamic=False)
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def gradient_sync(model, wanted):
+    """A context in which backward averages the gradients over the processes, or (not wanted) leaves them local."""
+    local = not wanted and isinstance(model, DistributedDataParallel)
+    return model.no_sync() if local else contextlib.nullcontext()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoint
+
+
+@dataclass
+class TrainState:
+    """All that changes while training: what a checkpoint holds."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    numerics: Numerics
+    loader: DistributedDataLoader
+    step: int = 0
+    seconds: float = 0.0  # of training, over all sittings
+
+    def state_dict(self, world):
+        cuda = [torch.cuda.get_rng_state()] if world.device.type == "cuda" else []
+        return dict(
+            model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), loader=self.loader.state_dict(),
+            scaler=self.numerics.scaler.state_dict(), rng=world.gather([torch.get_rng_state(), *cuda]),
+            step=self.step, seconds=self.seconds,
+        )
+
+    def load_state_dict(self, state, world):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.numerics.scaler.load_state_dict(state["scaler"])
+        self.loader.load_state_dict(state["loader"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        if len(state["rng"]) == world.size:  # else the processes are others, and a stream each cannot be kept
+            cpu, *cuda = state["rng"][world.rank]
+            torch.set_rng_state(cpu)
+            if cuda and world.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda[0])
+
+
+def write_atomically(path, write):
+    """Have `write` fill a file that appears under its name only when it is whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save_checkpoint(state, config, run, world, run_id):
+    """Write <output_dir>/<run_id>/step000000.pt; every process takes part, the first one writes. Gives the path."""
+    path = Path(run.output_dir) / run_id / f"step{state.step:06d}.pt"
+    content = state.state_dict(world)
+    content.update(format=1, run_id=run_id, network=dataclasses.asdict(config), run=dataclasses.asdict(run))
+    if world.is_main:
+        write_atomically(path, lambda f: torch.save(content, f))
+    return path
+
+
+def load_checkpoint(path):
+    """The content of a checkpoint, on the CPU. Nothing in the file is run (weights_only)."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        parts = {"model", "optimizer", "scaler", "loader", "rng", "network", "run", "run_id", "step", "seconds"}
+        complete = content["format"] == 1 and parts <= set(content)
+    except FileNotFoundError as e:
+        raise ConfigError(f"resume={path} does not exist; name a .pt file of a run's folder, or auto") from e
+    except Exception as e:  # torch.load raises many kinds
+        raise DataError(f"{path} cannot be read as a checkpoint ({type(e).__name__}); resume from another") from e
+    if not complete:
+        raise DataError(f"{path} is not a checkpoint of this script; resume from another")
+    return content
+
+
+def find_checkpoint(output_dir, wanted):
+    """The newest checkpoint of the newest run in output_dir whose network has the wanted values (a dict), or None."""
+    for folder in sorted(Path(output_dir).glob("*/"), key=lambda p: p.name, reverse=True):
+        checkpoints = sorted(folder.glob("step*.pt"))
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            network = json.loads((folder / "config.json").read_text())["network"]
+            if checkpoints and all(network[k] == v for k, v in wanted.items()):
+                return checkpoints[-1]
+    return None
+
+
+def checkpoint_fields(content):
+    """The fields of a checkpoint's configurations, the base for resolve(), with its accumulation as tokens per step."""
+    run = TrainConfig(**content["run"])
+    fields = {**content["network"], **content["run"], "tokens_per_step": run.tokens_per_step}
+    del fields["grad_accumulation_steps"]
+    return fields
+
+
+def compare_with_checkpoint(config, run, content, path):
+    """Refuse another network; give notes on what else differs."""
+    saved = {**content["network"], **content["run"]}
+    for name, value in config.network().items():
+        require(value == saved[name], f"{path} holds another network ({name} {saved[name]}, not {value}); drop the "
+                "flag, or start without --resume")
+    now = {**dataclasses.asdict(config), **dataclasses.asdict(run)}
+    return [f"differs from the checkpoint: {k}={v}, was {saved[k]}" for k, v in now.items() if v != saved.get(k, v)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@torch.no_grad()
+def evaluate(model, shards, config, run, world, numerics):
+    """Means in nats over the validation targets, the same for any batch and number of processes: val_loss and
+    val_ntp_loss, of the next token alone; val_mtp_loss, with MTP's auxiliary loss at its present weight."""
+    exact = torch.float32 if world.device.type == "mps" else torch.float64
+    sums = torch.zeros(3, dtype=exact, device=world.device)
+    for x, targets, count in validation_batches(shards, run, config.lookahead, world):
+        with numerics.autocast():
+            _, (main, aux) = model(x, targets, return_logits=False, return_loss_components=True)
+        aux = torch.zeros_like(main) if aux is None else aux.nan_to_num()  # a batch of one target has none two ahead
+        sums += count * torch.stack([main, aux, torch.ones_like(main)]).to(exact)
+    main, aux, count = world.sum(sums).tolist()
+    weight = float(model.mtp_weight_buffer) if config.mtp_enabled else 0.0
+    ntp, mtp = main / count, (main + weight * aux) / count
+    return dict(val_loss=ntp, val_ntp_loss=ntp, val_mtp_loss=mtp, mtp_weight=weight, val_targets=round(count))
+
+
+class Meter:
+    """Times the steps and reports each. On a GPU a step's numbers are read when the next one is already queued, so that
+    the device never waits for the host. Seconds count training alone: flush() before anything else, resume() after."""
+
+    def __init__(self, state, config, run, world, log):
+        self.state, self.run, self.world, self.log = state, run, world, log
+        self.flops_per_token = state.model.flops_per_token(run.sequence_length)
+        self.peak_flops = world.peak_flops()
+        self.pending = None
+        self.count, self.total, self.first = 0, 0.0, []  # steps of this process, their seconds, those of the first few
+        self.resume()
+
+    def resume(self):
+        self.mark = time.perf_counter()
+
+    def submit(self, step, loss, grad_norm, row):
+        numbers = torch.stack([self.world.mean(loss), grad_norm])
+        previous, self.pending = self.pending, (step, numbers, row)
+        if previous:
+            self.report(*previous)
+        if self.world.device.type == "cpu":
+            self.flush()
+
+    def flush(self):
+        if self.pending:
+            self.world.synchronize()
+            self.report(*self.pending)
+            self.pending = None
+
+    @property
+    def step_average(self):
+        """Mean seconds of a step without the first ones, which compile and allocate; of a short run, of its last."""
+        skipped = min(len(self.first), self.count - 1)
+        return (self.total - sum(self.first[:skipped])) / (self.count - skipped)
+
+    def report(self, step, numbers, row):
+        loss, grad_norm = numbers.tolist()
+        now = time.perf_counter()
+        seconds, self.mark = now - self.mark, now
+        self.count, self.total = self.count + 1, self.total + seconds
+        self.first += [seconds] if self.count <= TIMING_WARMUP_STEPS else []
+        self.state.seconds += seconds
+        if self.count == 1:
+            self.log.text(f"first step done after {seconds:.1f} s, compilation included")
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss of step {step} is {loss}; training stopped and nothing was saved after it: "
+                                "lower --learning_rate or lengthen --warmup_iters")
+        rate = self.run.tokens_per_step / seconds
+        per_gpu = rate * self.flops_per_token / self.world.size
+        self.log.record(
+            dict(
+                step=step, train_loss=loss, lr=row.lr, grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+                mtp_weight=row.mtp_weight, tokens=step * self.run.tokens_per_step, tokens_per_second=rate,
+                mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
+                step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
+                seconds_left=(self.run.num_iterations - step) * self.step_average,
+            ),
+            self.run.num_iterations,
+        )
+
+
+def due(step, every, last):
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train_step(model, state, row, run, world):
+    """One optimizer step: forward and backward of this process's micro-batches, then the update. Gives the mean loss of
+    the micro-batches and the norm of the gradient, both as tensors."""
+    apply_plan(row, state.model, state.optimizer)
+    micro_steps = run.grad_accumulation_steps // world.size
+    loss = 0.0
+    for micro in range(micro_steps):
+        x, targets = state.loader.next_batch()
+        with gradient_sync(model, wanted=micro == micro_steps - 1):
+            with state.numerics.autocast():
+                _, micro_loss = model(x, targets, return_logits=False)
+            state.numerics.backward(micro_loss / micro_steps)
+        loss = loss + micro_loss.detach() / micro_steps
+    return loss, state.numerics.step(state.optimizer, list(state.model.parameters()), run.grad_clip)
+
+
+def train(state, config, run, world, log, run_id, val_shards):
+    """Train from state.step to the end of the run, or to its target; gives the last validation's record, if any."""
+    model = parallelize(state.model, run, world, log)
+    meter = Meter(state, config, run, world, log)
+    validation, last = None, run.num_iterations
+    for step in range(state.step, last):
+        row = plan(step, config, run)
+        loss, grad_norm = train_step(model, state, row, run, world)
+        state.step = step + 1
+        meter.submit(state.step, loss, grad_norm, row)
+        save_now = run.save_checkpoints and due(state.step, run.save_every, last)
+        validate_now = val_shards is not None and due(state.step, run.val_loss_every, last)
+        if not (save_now or validate_now):
+            continue
+        meter.flush()
+        if save_now:
+            log.text(f"saved {save_checkpoint(state, config, run, world, run_id)}")
+        if validate_now:
+            losses = evaluate(state.model, val_shards, config, run, world, state.numerics)
+            tokens = state.step * run.tokens_per_step
+            validation = dict(step=state.step, **losses, tokens=tokens, time=1000 * state.seconds)
+            log.record(validation, last)
+            if 0 < run.target_val_loss and losses["val_loss"] <= run.target_val_loss:
+                log.text(f"target validation loss {run.target_val_loss} reached at step {state.step}, after "
+                         f"{state.seconds:.1f} s of training and {tokens:,} tokens")
+                if run.save_checkpoints and not save_now:
+                    log.text(f"saved {save_checkpoint(state, config, run, world, run_id)}")
+                break
+        meter.resume()
+    return validation
+
+
+def report_end(state, config, run, world, log):
+    """The last lines of a run: its time, its memory and what that was spent on."""
+    peak = world.peak_memory_mb()
+    details = dict(
+        peak_memory_mb=peak, n_head=config.n_head, n_kv_head=config.n_kv_head, n_embd=config.n_embd,
+        n_layer=config.n_layer, kv_sharing_ratio=config.n_head / config.n_kv_head,
+        embd_scale_factor=config.n_embd / GPTConfig(**base_configs[run.model]).n_embd,
+    )
+    tokens = state.step * run.tokens_per_step
+    log.text(f"training took {state.seconds:.1f} s for {state.step:,} steps, {tokens:,} tokens")
+    log.text(f"Peak memory consumption: {peak} MiB with precision={config.precision}")
+    log.text("mem_details: " + json.dumps(details))
+    log.summary(dict(details, precision=config.precision))
+
+
+def find_resume(typed):
+    """(path, content) of the checkpoint that --resume means; (None, None) for a fresh start."""
+    path = typed.get("resume")
+    if path == "auto":
+        shapes_network = set(field_defaults(GPTConfig)) | {"model", "gqa_enabled", "kv_head_ratio", "embd_scale"}
+        wanted = {}
+        if shapes_network & typed.keys():
+            wanted = resolve(typed, ANY_MACHINE)[0].network()
+            wanted["vocab_size"] = typed.get("vocab_size")  # unless typed, it is the shards'
+        wanted = {k: v for k, v in wanted.items() if v is not None}
+        path = find_checkpoint(typed.get("output_dir", TrainConfig.output_dir), wanted)
+    return (Path(path), load_checkpoint(path)) if path else (None, None)
+
+
+def start_run(typed, world, path, content):
+    """Put a run together, from shards, flags and, on resume, a checkpoint's content: what train() takes, and notes."""
+    base = checkpoint_fields(content) if content else None
+    if content and path.resolve().parent.name == content["run_id"]:
+        base["output_dir"] = str(path.parent.parent)
+    settings = {**field_defaults(TrainConfig), **(base or {}), **typed}
+    vocab_size = settings.get("vocab_size", GPT2_VOCAB_SIZE)
+    resolve(typed, world.machine(vocab_size), base)  # what is wrong with the flags should not wait for data
+    shards = TokenShards(settings["input_bin"])
+    val_shards = TokenShards(settings["input_val_bin"]) if settings["input_val_bin"] else None
+    if val_shards and val_shards.vocab_size != shards.vocab_size:
+        raise DataError(f"training shards have a vocabulary of {shards.vocab_size}, validation shards one of "
+                        f"{val_shards.vocab_size}; name shards of one tokenizer")
+    config, run, notes = resolve(typed, world.machine(shards.vocab_size), base)
+    notes += compare_with_checkpoint(config, run, content, path) if content else []
+    loader = DistributedDataLoader(shards, run, config.lookahead, world)
+    for some in (shards, val_shards):
+        if some:
+            some.check_ids(world.rank, world.size)
+    if val_shards and val_shards.total - 1 < run.val_tokens:
+        notes.append(f"validation takes all {val_shards.total - 1:,} targets of its shards, "
+                     f"fewer than val_tokens={run.val_tokens:,}")
+    torch.manual_seed(run.seed)
+    torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
+    model = GPT(config)
+    model.rotary.build(run.sequence_length)
+    model.to(world.device)
+    numerics = Numerics(config.precision, world.device)
+    state = TrainState(model, make_optimizer(model, run, world.device), numerics, loader)
+    if content:
+        state.load_state_dict(content, world)
+        notes.append(f"resumed {path} at step {state.step}")
+    mflop = model.flops_per_token(run.sequence_length) / 1e6
+    notes += [f"model {run.model}: {model.parameter_count():,} parameters, {mflop:.1f} MFLOP a token at "
+              f"sequence_length={run.sequence_length}, precision {config.precision}",
+              f"data: {shards.total:,} training tokens in {len(shards.files)} shards, vocabulary {shards.vocab_size}"]
+    return state, config, run, val_shards, notes
+
+
+def run_training(typed):
+    """One run from what was typed, to its end."""
+    path, content = find_resume(typed)
+    device = typed.get("device", content["run"]["device"] if content else TrainConfig.device)
+    with World(device) as world:
+        state, config, run, val_shards, notes = start_run(typed, world, path, content)
+        if typed.get("resume") and not content:
+            notes.append(f"no checkpoint in {run.output_dir} to resume from: this is a fresh start")
+        run_id = content["run_id"] if content else new_run_id(run.model)
+        log = open_log(world, config, run, world.gather(run_id)[0], notes, content)
+        try:
+            train(state, config, run, world, log, run_id, val_shards)
+            report_end(state, config, run, world, log)
+        finally:
+            log.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# main
+
+
+def main(argv=None):
+    """The program: 0 when the run ended well, 2 for what the user can mend, 1 when it diverged; one line on stderr."""
+    try:
+        run_training(parse_flags(sys.argv[1:] if argv is None else argv))
+    except (ConfigError, DataError, DivergedError) as e:
+        if os.environ.get("RANK", "0") == "0" or isinstance(e, DataError):
+            print(f"error: {e}", file=sys.stderr)
+        return 1 if isinstance(e, DivergedError) else 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
