@@ -526,6 +526,20 @@ class World:
             dist.all_gather_object(items, item)
         return items
 
+    def read_later(self, tensor):
+        """A function that gives the tensor's values as a list, waiting only for what was queued before this call."""
+        if self.device.type != "cuda":
+            return tensor.tolist
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+        def read():
+            event.synchronize()
+            return copy.tolist()
+
+        return read
+
     def synchronize(self):
         """Wait until the device has done all that was asked of it."""
         if self.device.type in ("cuda", "mps"):
@@ -861,10 +875,14 @@ class GPT(nn.Module):
         return norm(x)
 
     def head(self, x):
-        """(B, T, C) -> logits (B, T, V)."""
+        """(B, T, C) -> logits (B, T, V or more). On CUDA the matrix is padded with zero rows to a round number of them,
+        whose logits are -inf: the loss and its gradient are those of V logits, without a copy that cuts them off."""
         rows = self.config.vocab_size
         padding = -rows % HEAD_ROWS_MULTIPLE if x.is_cuda else 0  # CPU kernels gain nothing
-        return F.linear(x, F.pad(self.lm_head.weight, (0, 0, 0, padding)))[..., :rows]
+        if padding == 0:
+            return self.lm_head(x)
+        logits = F.linear(x, F.pad(self.lm_head.weight, (0, 0, 0, padding)))
+        return logits.masked_fill(torch.arange(rows + padding, device=x.device) >= rows, -math.inf)
 
     def forward(self, idx, targets_dict=None, return_logits=True, return_loss_components=False):
         """Token ids idx (B, T); targets_dict["target_k"] (B, T) holds the token k ahead of each position, IGNORED where
@@ -878,7 +896,7 @@ class GPT(nn.Module):
                 loss = main, aux
             else:
                 loss = main if aux is None else main + self.mtp_weight_buffer * aux
-        return logits if return_logits else None, loss
+        return logits[..., : self.config.vocab_size] if return_logits else None, loss
 
     def parameter_count(self):
         """Parameters, the tied matrix counted once."""
@@ -1300,18 +1318,18 @@ class Meter:
         self.mark = time.perf_counter()
 
     def submit(self, step, loss, grad_norm, row):
-        numbers = torch.stack([self.world.mean(loss), grad_norm])
-        previous, self.pending = self.pending, (step, numbers, row)
+        read = self.world.read_later(torch.stack([self.world.mean(loss), grad_norm]))
+        previous, self.pending = self.pending, (step, read, row)
         if previous:
             self.report(*previous)
-        if self.world.device.type == "cpu":
+        if self.world.device.type != "cuda":  # the host has waited already
             self.flush()
 
     def flush(self):
         if self.pending:
-            self.world.synchronize()
             self.report(*self.pending)
             self.pending = None
+        self.world.synchronize()
 
     @property
     def step_average(self):
@@ -1319,8 +1337,8 @@ class Meter:
         skipped = min(len(self.first), self.count - 1)
         return (self.total - sum(self.first[:skipped])) / (self.count - skipped)
 
-    def report(self, step, numbers, row):
-        loss, grad_norm = numbers.tolist()
+    def report(self, step, read, row):
+        loss, grad_norm = read()
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         self.count, self.total = self.count + 1, self.total + seconds

@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Text from a checkpoint.
+
+    python tools/sample.py                                    the newest checkpoint of the newest run in logs/
+    python tools/sample.py logs/20260101-120000-d12-ab12 --prompt 'Once upon a time' --temperature 0.8 --top_k 50
+
+The tokenizer is known by the vocabulary's size: bytes (257) or GPT-2's (50257). Each sample starts with the end-of-text
+token, as the documents of the shards do, and then the prompt. Every new token runs the whole context again.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from text_encodings import get_encoding  # noqa: E402
+from train_gpt2_mod import GPT, GPTConfig, find_checkpoint, load_checkpoint, require  # noqa: E402
+
+ENCODINGS = {257: "bytes", 50257: "gpt2"}  # by size of the vocabulary
+
+
+def find(path):
+    """The checkpoint that a path means: a file, the newest of a run's folder, or that of the newest run in a folder."""
+    if path.is_file():
+        return path
+    of_run = sorted(path.glob("step*.pt"))
+    found = of_run[-1] if of_run else find_checkpoint(path, {})
+    require(found, f"{path} holds no checkpoint; name a .pt file, a run's folder or a folder of runs")
+    return found
+
+
+@torch.no_grad()
+def sample(model, ids, max_new_tokens, context, temperature, top_k, generator):
+    """Extend ids (a list) by max_new_tokens drawn from softmax(logits / temperature) over the top_k (0: all) tokens, one
+    after another; temperature 0 takes the likeliest. Gives the new ids."""
+    ids, start = list(ids), len(ids)
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([ids[-context:]]))[0][0, -1].float()
+        if top_k > 0:
+            logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
+        if temperature == 0:
+            ids.append(int(logits.argmax()))
+        else:
+            ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)))
+    return ids[start:]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("path", nargs="?", type=Path, default=Path("logs"), help="checkpoint, run folder or folder of runs")
+    parser.add_argument("--prompt", default="", help="text to go on from")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to draw [200]")
+    parser.add_argument("--num_samples", type=int, default=1, help="texts to draw [1]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0: the likeliest token [0.8]")
+    parser.add_argument("--top_k", type=int, default=50, help="draw among the likeliest k tokens; 0: among all [50]")
+    parser.add_argument("--seed", type=int, default=1337, help="seed of the draws [1337]")
+    args = parser.parse_args(argv)
+    try:
+        require(args.temperature >= 0, f"temperature={args.temperature} must be at least 0")
+        path = find(args.path)
+        content = load_checkpoint(path)
+        config = GPTConfig(**content["network"])
+        require(config.vocab_size in ENCODINGS, f"{path} has a vocabulary of {config.vocab_size}, which no tokenizer here "
+                f"has; known are {', '.join(f'{size} ({name})' for size, name in ENCODINGS.items())}")
+        encoding = get_encoding(ENCODINGS[config.vocab_size])
+    except ValueError as e:  # ConfigError and the data scripts' DataError
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    model = GPT(config)
+    model.load_state_dict(content["model"])
+    print(f"{path}, step {content['step']}, temperature {args.temperature}, top_k {args.top_k}, seed {args.seed}")
+    generator = torch.Generator().manual_seed(args.seed)
+    prompt = [encoding.eot, *encoding.encode(args.prompt).tolist()]
+    context = content["run"]["sequence_length"]
+    for _ in range(args.num_samples):
+        new = sample(model, prompt, args.max_new_tokens, context, args.temperature, args.top_k, generator)
+        print("-" * 80 + "\n" + args.prompt + encoding.decode(new))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
