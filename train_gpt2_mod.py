@@ -747,7 +747,8 @@ class Rotary(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x[d], x[d + D/2]) of x (B, heads, T, D) by the angles: the half-split layout of Llama."""
+    """Rotate the pairs (x[d], x[d + D/2]) of x (B, T, heads, D) by the angles: the half-split layout of Llama."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # for all heads
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
@@ -778,10 +779,11 @@ class CausalSelfAttention(nn.Module):
     def qkv(self, x, ctx):
         """(B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), q and k normalised (if so configured) and rotated."""
         B, T, _ = x.shape
-        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=1)
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim)
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q, k = (rotate(self.qk_norm(z), ctx.cos, ctx.sin).type_as(v) for z in (q, k))
-        return q, k, v
+        # Only here, so that the memory stays (B, T, heads, D): the kernels then write y in the layout that out() reads.
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q, k, v, mask):
         """Softmax attention, (B, H, T, D) from q, k, v; query head h uses key/value head h // (H / K)."""
@@ -882,7 +884,8 @@ class GPT(nn.Module):
         if padding == 0:
             return self.lm_head(x)
         logits = F.linear(x, F.pad(self.lm_head.weight, (0, 0, 0, padding)))
-        return logits.masked_fill(torch.arange(rows + padding, device=x.device) >= rows, -math.inf)
+        no_token = torch.arange(rows + padding, device=x.device) >= rows
+        return logits + torch.zeros_like(no_token, dtype=logits.dtype).masked_fill(no_token, -math.inf)
 
     def forward(self, idx, targets_dict=None, return_logits=True, return_loss_components=False):
         """Token ids idx (B, T); targets_dict["target_k"] (B, T) holds the token k ahead of each position, IGNORED where
@@ -1349,7 +1352,7 @@ class Meter:
         if not math.isfinite(loss):
             raise DivergedError(f"the loss of step {step} is {loss}; training stopped and nothing was saved after it: "
                                 "lower --learning_rate or lengthen --warmup_iters")
-        rate = self.run.tokens_per_step / seconds
+        rate = self.run.tokens_per_step / self.step_average
         per_gpu = rate * self.flops_per_token / self.world.size
         self.log.record(
             dict(
