@@ -84,7 +84,10 @@ def option(default, help, *, choices=None, aliases=(), rebuilds=True, parse=None
 
 def number(text):
     """A float, also written as a fraction: 8/3."""
-    return float(fractions.Fraction(text)) if "/" in text else float(text)
+    try:
+        return float(fractions.Fraction(text)) if "/" in text else float(text)
+    except ArithmeticError as e:  # 8/0
+        raise ValueError(text) from e
 
 
 def require(condition, message):
@@ -141,11 +144,13 @@ class GPTConfig:
         require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; "
                 f"try n_embd {nearest_multiples(self.n_embd, self.n_head)}")
         require(self.head_dim % 2 == 0, f"n_embd={self.n_embd} with n_head={self.n_head} gives head size "
-                f"{self.head_dim}; rotary embeddings need an even one")
+                f"{self.head_dim}; rotary embeddings need an even one: try n_embd {2 * self.n_embd} or half the heads")
         divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
         require(self.n_kv_head in divisors, f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}; "
                 f"try one of {', '.join(map(str, divisors))}")
-        require(self.ffn_hidden >= 1, f"mlp_expansion_factor={self.mlp_expansion_factor} leaves the MLP no hidden unit")
+        hidden = self.mlp_expansion_factor * self.n_embd
+        require(1 <= hidden < 2**31, f"mlp_expansion_factor={self.mlp_expansion_factor} gives the MLP {hidden:g} "
+                "hidden units; 4 is usual")
         require(self.rope_base > 1, f"rope_base={self.rope_base} must be above 1; 10000 is usual")
 
     @property
@@ -171,7 +176,7 @@ class GPTConfig:
 
 
 def nearest_multiples(value, of):
-    below = value // of * of
+    below = max(0, value // of * of)
     return f"{below} or {below + of}" if below else str(of)
 
 
@@ -313,8 +318,9 @@ def rule_embd_scale(fields, typed, machine):
     scale = typed.get("embd_scale", 1.12 if typed.get("gqa_enabled") else 1.0)
     if scale == 1.0:
         return {}, None
-    require(scale > 0, f"embd_scale={scale} must be above 0")
     n_embd, n_head = fields["n_embd"], fields["n_head"]
+    require(0 < scale < 100, f"embd_scale={scale} must be above 0 and below 100")
+    require(n_head >= 1, f"n_head={n_head} must be at least 1")
     head_dim = max(8, 8 * math.floor(n_embd * scale / n_head / 8 + 0.5))
     note = f"n_embd={n_head * head_dim}: {n_embd} x {scale:g} in {n_head} heads of size {head_dim}, a multiple of 8"
     return dict(n_embd=n_head * head_dim), note
@@ -346,7 +352,8 @@ def rule_vocabulary(fields, typed, machine):
 def rule_accumulation(fields, typed, machine):
     """Micro-batches a step, as typed in either way; else as many tokens as a resumed run had; else one per process."""
     per_micro_batch, world = fields["batch_size"] * fields["sequence_length"], machine.world_size
-    require(per_micro_batch >= 1, "batch_size and sequence_length must be at least 1")
+    for name in ("batch_size", "sequence_length"):
+        require(fields[name] >= 1, f"{name}={fields[name]} must be at least 1")
     tokens, steps = typed.get("total_batch_size"), typed.get("grad_accumulation_steps")
     if tokens is None and steps is None:
         tokens = fields.get("tokens_per_step")  # of the checkpoint: a resume keeps it
@@ -911,25 +918,6 @@ class GPT(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Loss
-
-
-def cross_entropy(logits, targets):
-    """Mean over the targets that are not IGNORED of -log softmax(logits)[target]; logits (B, T, V), targets (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-
-
-def loss_components(logits, targets_dict, config):
-    """Next-token loss, and with MTP the mean of the losses of the same logits against the targets 2..mtp_max_steps
-    (else None). Simpler than Gloeckle et al. 2024 (arXiv:2404.19737), who give each offset its own head."""
-    main = cross_entropy(logits, targets_dict["target_1"])
-    if not (config.mtp_enabled and config.mtp_max_steps > 1 and config.mtp_weight > 0):
-        return main, None
-    offsets = range(2, config.mtp_max_steps + 1)
-    return main, sum(cross_entropy(logits, targets_dict[f"target_{k}"]) for k in offsets) / len(offsets)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Numerics: autocast, the loss scaler, one optimizer step
 
 
@@ -959,6 +947,25 @@ class Numerics:
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return grad_norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def cross_entropy(logits, targets):
+    """Mean over the targets that are not IGNORED of -log softmax(logits)[target]; logits (B, T, V), targets (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def loss_components(logits, targets_dict, config):
+    """Next-token loss, and with MTP the mean of the losses of the same logits against the targets 2..mtp_max_steps
+    (else None). Simpler than Gloeckle et al. 2024 (arXiv:2404.19737), who give each offset its own head."""
+    main = cross_entropy(logits, targets_dict["target_1"])
+    if not (config.mtp_enabled and config.mtp_max_steps > 1 and config.mtp_weight > 0):
+        return main, None
+    offsets = range(2, config.mtp_max_steps + 1)
+    return main, sum(cross_entropy(logits, targets_dict[f"target_{k}"]) for k in offsets) / len(offsets)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1029,15 +1036,19 @@ class TokenShards:
             header = np.fromfile(path, "<i4", 256)
             size = os.path.getsize(path)
         except OSError as e:
-            raise DataError(f"{path} cannot be read ({e.strerror})") from e
+            raise DataError(f"{path} cannot be read ({e.strerror}); mend or remove it") from e
         if len(header) < 256 or header[0] != SHARD_MAGIC:
             raise DataError(f"{path} is not a token shard (no {SHARD_MAGIC} at its head); data/prepare.py makes shards")
         if header[1] != SHARD_VERSION:
-            raise DataError(f"{path} is a shard of version {header[1]}; this script reads version {SHARD_VERSION}")
+            raise DataError(f"{path} is a shard of version {header[1]} and this script reads version {SHARD_VERSION}; "
+                            "make it again with data/prepare.py")
         tokens = (size - SHARD_HEADER_BYTES) // 2
         if header[2] < 0 or size != SHARD_HEADER_BYTES + 2 * int(header[2]):
             raise DataError(f"{path} is truncated or corrupt: {header[2]} tokens by its header, {tokens} by its "
                             "length; make or fetch it again")
+        if not 0 <= header[3] <= 2**16:
+            raise DataError(f"{path} says its vocabulary has {header[3]} tokens, which uint16 cannot hold; make or "
+                            "fetch it again")
         if tokens == 0:
             raise DataError(f"{path} holds no tokens; remove it")
         return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES), int(header[3]) or GPT2_VOCAB_SIZE
@@ -1290,8 +1301,9 @@ def compare_with_checkpoint(config, run, content, path):
 
 @torch.no_grad()
 def evaluate(model, shards, config, run, world, numerics):
-    """Means in nats over the validation targets, the same for any batch and number of processes: val_loss and
-    val_ntp_loss, of the next token alone; val_mtp_loss, with MTP's auxiliary loss at its present weight."""
+    """Means in nats over the validation targets: val_loss and val_ntp_loss, of the next token alone and the same for
+    any batch and number of processes; val_mtp_loss, with MTP's auxiliary loss at its present weight (where the last
+    window is cut short, its further targets are fewer, and their weight depends a little on the batch)."""
     exact = torch.float32 if world.device.type == "mps" else torch.float64
     sums = torch.zeros(3, dtype=exact, device=world.device)
     for x, targets, count in validation_batches(shards, run, config.lookahead, world):
@@ -1349,14 +1361,15 @@ class Meter:
         self.state.seconds += seconds
         if self.count == 1:
             self.log.text(f"first step done after {seconds:.1f} s, compilation included")
-        if not math.isfinite(loss):
-            raise DivergedError(f"the loss of step {step} is {loss}; training stopped and nothing was saved after it: "
-                                "lower --learning_rate or lengthen --warmup_iters")
+        overflow = not math.isfinite(grad_norm)  # with a scaler only a skipped step
+        if not math.isfinite(loss) or (overflow and not self.state.numerics.scaler.is_enabled()):
+            raise DivergedError(f"the loss of step {step} is {loss}, its gradient norm {grad_norm}; training stopped "
+                                "and nothing was saved after it: lower --learning_rate or lengthen --warmup_iters")
         rate = self.run.tokens_per_step / self.step_average
         per_gpu = rate * self.flops_per_token / self.world.size
         self.log.record(
             dict(
-                step=step, train_loss=loss, lr=row.lr, grad_norm=grad_norm if math.isfinite(grad_norm) else None,
+                step=step, train_loss=loss, lr=row.lr, grad_norm=None if overflow else grad_norm,
                 mtp_weight=row.mtp_weight, tokens=step * self.run.tokens_per_step, tokens_per_second=rate,
                 mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
                 step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
@@ -1457,6 +1470,8 @@ def start_run(typed, world, path, content):
     resolve(typed, world.machine(vocab_size), base)  # what is wrong with the flags should not wait for data
     shards = TokenShards(settings["input_bin"])
     val_shards = TokenShards(settings["input_val_bin"]) if settings["input_val_bin"] else None
+    if val_shards and val_shards.total < 2:
+        raise DataError(f"'{settings['input_val_bin']}' holds one token, and a target needs one before it; name others")
     if val_shards and val_shards.vocab_size != shards.vocab_size:
         raise DataError(f"training shards have a vocabulary of {shards.vocab_size}, validation shards one of "
                         f"{val_shards.vocab_size}; name shards of one tokenizer")

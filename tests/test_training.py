@@ -1,0 +1,369 @@
+"""Schedule, optimizer, numerics, the training step, evaluation and the meter against slow references."""
+import contextlib
+import math
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import CPU, FakeWorld, batch_of, naive_cross_entropy, random_tokens, small_config, small_run, write_shards
+from torch import nn
+
+import train_gpt2_mod as script
+
+
+def naive_lr(step, run):
+    """Warm-up's step s of W, from 0, has (s + 1)/W; the last D steps have D/D, ..., 2/D, 1/D."""
+    if step < run.warmup_iters:
+        return run.learning_rate * (step + 1) / run.warmup_iters
+    if step >= run.num_iterations - run.warmdown_iters:
+        return run.learning_rate * (run.num_iterations - step) / run.warmdown_iters
+    return run.learning_rate
+
+
+@pytest.mark.parametrize("warmup, warmdown", [(0, 0), (4, 0), (0, 5), (4, 5), (10, 10), (20, 0), (0, 20), (1, 1)])
+def test_the_learning_rate_warms_up_stays_and_warms_down(warmup, warmdown):
+    run = small_run(num_iterations=20, warmup_iters=warmup, warmdown_iters=warmdown, learning_rate=3.0)
+    rates = [script.plan(step, small_config(), run).lr for step in range(20)]
+    assert rates == pytest.approx([naive_lr(step, run) for step in range(20)], rel=1e-12)
+    assert all(0 < rate <= 3.0 for rate in rates) and max(rates) == 3.0
+
+
+def test_the_ends_of_the_schedule():
+    run = small_run(num_iterations=100, warmup_iters=10, warmdown_iters=20, learning_rate=1.0)
+    at = {step: script.plan(step, small_config(), run).lr for step in (0, 8, 9, 10, 79, 80, 81, 98, 99)}
+    assert at == pytest.approx({0: 0.1, 8: 0.9, 9: 1, 10: 1, 79: 1, 80: 1, 81: 0.95, 98: 0.1, 99: 0.05})
+
+
+def test_the_mtp_weight_ramps_up_from_zero():
+    config, run = small_config(mtp_enabled=True, mtp_weight=0.3, mtp_rampup_steps=64), small_run(num_iterations=200)
+    weights = {step: script.plan(step, config, run).mtp_weight for step in (0, 1, 32, 63, 64, 65, 199)}
+    assert weights == pytest.approx({0: 0, 1: 0.3 / 64, 32: 0.15, 63: 0.3 * 63 / 64, 64: 0.3, 65: 0.3, 199: 0.3})
+    assert script.plan(0, replace(config, mtp_rampup_steps=0), run).mtp_weight == 0.3
+    assert script.plan(100, replace(config, mtp_enabled=False), run).mtp_weight == 0
+
+
+def test_a_plan_reaches_optimizer_and_buffer():
+    model = model_with_a_vector()
+    optimizer = script.make_optimizer(model, small_run(), CPU)
+    script.apply_plan(script.Plan(lr=0.125, mtp_weight=0.5), model, optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert model.mtp_weight_buffer.item() == 0.5
+
+
+def model_with_a_vector(**changes):
+    """A GPT with one more parameter, which is no matrix."""
+    model = script.GPT(small_config(**changes))
+    model.gain = nn.Parameter(torch.randn(5))
+    return model
+
+
+def test_the_optimizer_has_each_parameter_once_and_decays_matrices_only():
+    model = model_with_a_vector()
+    run = small_run(weight_decay=0.3, beta1=0.8, beta2=0.9, learning_rate=0.01)
+    optimizer = script.make_optimizer(model, run, CPU)
+    grouped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    for group in optimizer.param_groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] == 0.3}
+        assert group["weight_decay"] in (0.3, 0.0)
+        assert (group["betas"], group["lr"], group["eps"]) == ((0.8, 0.9), 0.01, 1e-8)
+    assert all(group["params"] for group in script.make_optimizer(script.GPT(small_config()), run, CPU).param_groups)
+
+
+def test_a_step_is_adamw_written_out(float64):
+    """m, v: decayed means of gradient and square, both unbiased; the weight shrinks by lr x decay beside the update."""
+    model, run = model_with_a_vector(n_layer=1), small_run(weight_decay=0.2, beta1=0.8, beta2=0.95, grad_clip=0.0)
+    optimizer, numerics = script.make_optimizer(model, run, CPU), script.Numerics("fp32", CPU)
+    parameters = list(model.parameters())
+    expected = [p.detach().clone() for p in parameters]
+    means, squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    for t, lr in enumerate((0.01, 0.02, 0.005), 1):
+        script.apply_plan(script.Plan(lr=lr, mtp_weight=0.0), model, optimizer)
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        for w, p, m, v in zip(expected, parameters, means, squares):
+            m.copy_(0.8 * m + 0.2 * p.grad)
+            v.copy_(0.95 * v + 0.05 * p.grad**2)
+            w.mul_(1 - lr * (0.2 if p.dim() >= 2 else 0))
+            w.sub_(lr * (m / (1 - 0.8**t)) / (torch.sqrt(v / (1 - 0.95**t)) + 1e-8))
+        numerics.step(optimizer, parameters, run.grad_clip)
+        assert all(p.grad is None for p in parameters)
+        for w, p in zip(expected, parameters):
+            torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-14)
+
+
+def sgd(*tensors):
+    """Parameters and an optimizer whose step is the gradient itself."""
+    parameters = [nn.Parameter(t) for t in tensors]
+    return parameters, torch.optim.SGD(parameters, lr=1.0)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0, 12.9, 13.1, 50.0])
+def test_clipping_is_by_the_norm_of_the_whole_gradient(float64, clip):
+    (a, b), optimizer = sgd(torch.zeros(2), torch.zeros(1, 1))
+    a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])  # of norm 13
+    norm = script.Numerics("fp32", CPU).step(optimizer, [a, b], clip)
+    assert norm.item() == pytest.approx(13, rel=1e-12)
+    factor = clip / 13 if 0 < clip < 13 else 1.0
+    assert [-z for z in (*a.tolist(), *b.flatten().tolist())] == pytest.approx([3 * factor, 4 * factor, 12 * factor],
+                                                                              rel=1e-6)
+
+
+def test_a_parameter_without_a_gradient_is_left_alone():
+    (a, b), optimizer = sgd(torch.zeros(2), torch.ones(2))
+    a.grad = torch.tensor([3.0, 4.0])
+    assert script.Numerics("fp32", CPU).step(optimizer, [a, b], 1.0).item() == 5
+    assert torch.equal(b.detach(), torch.ones(2))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_fp16_the_scaler_passes_everything_through(precision):
+    """Bitwise the plain loop of backward, clipping and step."""
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+    ours, plain = (script.GPT(small_config()) for _ in range(2))
+    plain.load_state_dict(ours.state_dict())
+    numerics, run = script.Numerics(precision, CPU), small_run(learning_rate=0.01)
+    assert numerics.dtype == dtype
+    optimizers = [script.make_optimizer(model, run, CPU) for model in (ours, plain)]
+    for seed in range(3):
+        idx, targets = batch_of(ours.config, seed=seed)
+        with numerics.autocast():
+            logits, loss = ours(idx, targets)
+        assert logits.dtype == dtype
+        numerics.backward(loss)
+        norm = numerics.step(optimizers[0], list(ours.parameters()), 0.5)
+        with torch.autocast("cpu", dtype) if precision == "bf16" else contextlib.nullcontext():
+            plain(idx, targets)[1].backward()
+        assert torch.equal(norm, nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    for a, b in zip(ours.parameters(), plain.parameters()):
+        assert torch.equal(a, b) and a.dtype == torch.float32
+
+
+def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale():
+    (w,), optimizer = sgd(torch.ones(2))
+    numerics = script.Numerics("fp16", CPU)
+    before = numerics.scaler.get_scale()
+    for norm in (math.inf, math.nan):
+        numerics.backward((w * torch.tensor([1.0, norm])).sum())
+        assert not math.isfinite(numerics.step(optimizer, [w], 1.0).item())
+        assert torch.equal(w.detach(), torch.ones(2)) and w.grad is None
+    assert numerics.scaler.get_scale() == before / 4
+    numerics.backward((w * torch.tensor([3.0, 4.0])).sum())
+    assert numerics.step(optimizer, [w], 1.0).item() == pytest.approx(5)  # of the gradient unscaled, before clipping
+    torch.testing.assert_close(w.detach(), 1 - torch.tensor([0.6, 0.8]))
+    assert numerics.scaler.get_scale() == before / 4
+
+
+def state_of(model, run, precision, batches):
+    """A TrainState whose loader gives these batches, one after the other."""
+    loader = SimpleNamespace(next_batch=iter(batches).__next__)
+    optimizer = script.make_optimizer(model, run, CPU)
+    return script.TrainState(model, optimizer, script.Numerics(precision, CPU), loader)
+
+
+@pytest.mark.parametrize("micro_steps", [2, 4])
+def test_accumulated_micro_batches_are_one_big_batch(float64, micro_steps):
+    config = small_config(mtp_enabled=True)
+    small, big = (script.GPT(config) for _ in range(2))
+    big.load_state_dict(small.state_dict())
+    row = script.Plan(lr=0.01, mtp_weight=0.3)
+    idx, targets = batch_of(config, B=8)
+    size = 8 // micro_steps
+    cut = [slice(i * size, i * size + size) for i in range(micro_steps)]
+    batches = [(idx[part], {name: target[part] for name, target in targets.items()}) for part in cut]
+    results = []
+    for model, given, steps in ((small, batches, micro_steps), (big, [(idx, targets)], 1)):
+        run = small_run(batch_size=8 // steps, grad_accumulation_steps=steps, grad_clip=0.1)
+        results.append(script.train_step(model, state_of(model, run, "fp32", given), row, run, FakeWorld()))
+    (loss, norm), (big_loss, big_norm) = results
+    torch.testing.assert_close(loss, big_loss, rtol=0, atol=1e-12)
+    torch.testing.assert_close(norm, big_norm, rtol=0, atol=1e-12)
+    assert norm > 0.1 and not loss.requires_grad
+    for a, b in zip(small.parameters(), big.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_a_process_takes_its_share_of_the_micro_batches():
+    model, run = script.GPT(small_config()), small_run(grad_accumulation_steps=6)
+    given = []
+    batches = (given.append(i) or batch_of(model.config, seed=i) for i in range(100))
+    script.train_step(model, state_of(model, run, "fp32", batches), script.Plan(0.0, 0.0), run, FakeWorld(0, 3))
+    assert given == [0, 1]
+
+
+def naive_evaluation(model, tokens, run):
+    """Mean losses over the first val_tokens targets, in windows of T: {offset: mean}, an offset's targets being those
+    in the windows."""
+    T, config = run.sequence_length, model.config
+    wanted = min(run.val_tokens, len(tokens) - 1)
+    losses = {k: [] for k in range(1, config.lookahead + 1)}
+    for first in range(0, wanted, T):
+        length = min(T, wanted - first)
+        logits, _ = model(torch.tensor([tokens[first : first + length]]))
+        for k in losses:
+            for t in range(length):
+                if first + t + k < len(tokens):
+                    target = torch.tensor(tokens[first + t + k])
+                    losses[k].append(naive_cross_entropy(logits[0, t], target))
+    return {k: sum(values) / len(values) for k, values in losses.items()}
+
+
+def evaluate_everywhere(model, shards, run, size):
+    """evaluate() of each of `size` processes: first all give their share of the sum, then all get the whole."""
+    shares, numerics = [], script.Numerics("fp32", CPU)
+
+    class World(FakeWorld):
+        def sum(self, tensor):
+            shares.append(tensor.clone())
+            return torch.ones_like(tensor) if len(shares) <= size else sum(shares[:size])
+
+    return [script.evaluate(model, shards, model.config, run, World(rank, size), numerics)
+            for rank in [*range(size), *range(size)]][size:]
+
+
+@pytest.mark.parametrize("val_tokens", [5, 48, 53, 1000])
+@pytest.mark.parametrize("batch, size", [(1, 1), (2, 1), (3, 2), (20, 1), (2, 4)])
+def test_evaluation_is_the_mean_over_its_targets(float64, tmp_path, batch, size, val_tokens):
+    model = script.GPT(small_config())
+    tokens = random_tokens(70)
+    shards = script.TokenShards(write_shards(tmp_path, tokens[:33], tokens[33:]))
+    run = small_run(val_tokens=val_tokens, val_batch_size=batch)
+    expected = naive_evaluation(model, tokens, run)[1]
+    for found in evaluate_everywhere(model, shards, run, size):
+        assert found["val_loss"] == found["val_ntp_loss"] == pytest.approx(expected, rel=1e-12)
+        assert found["val_mtp_loss"] == found["val_loss"] and found["mtp_weight"] == 0
+        assert found["val_targets"] == min(val_tokens, 69)
+
+
+@pytest.mark.parametrize("batch, size", [(1, 1), (2, 2), (20, 1)])
+def test_evaluation_tells_mtp_from_the_next_token_loss(float64, tmp_path, batch, size):
+    model = script.GPT(small_config(mtp_enabled=True, mtp_max_steps=3))
+    model.mtp_weight_buffer.fill_(0.25)
+    tokens = random_tokens(70)
+    shards = script.TokenShards(write_shards(tmp_path, tokens))
+    run = small_run(val_tokens=48, val_batch_size=batch)
+    expected = naive_evaluation(model, tokens, run)
+    for found in evaluate_everywhere(model, shards, run, size):
+        assert found["val_loss"] == found["val_ntp_loss"] == pytest.approx(expected[1], rel=1e-12)
+        aux = (expected[2] + expected[3]) / 2
+        assert found["val_mtp_loss"] == pytest.approx(expected[1] + 0.25 * aux, rel=1e-12)
+        assert found["mtp_weight"] == 0.25
+
+
+def test_evaluation_keeps_no_graph_and_no_gradient(tmp_path):
+    model = script.GPT(small_config())
+    shards = script.TokenShards(write_shards(tmp_path, random_tokens(70)))
+    losses = script.evaluate(model, shards, model.config, small_run(), FakeWorld(), script.Numerics("fp32", CPU))
+    assert all(p.grad is None for p in model.parameters())
+    assert {type(value) for value in losses.values()} <= {int, float}
+
+
+class Records(script.NullLog):
+    def __init__(self):
+        self.records, self.lines = [], []
+
+    def record(self, record, steps):
+        self.records.append(record)
+        self.lines.append(script.format_record(record, steps))
+
+
+def metered(monkeypatch, seconds, run=None, device=CPU, losses=None, norm=0.5, precision="fp32"):
+    """A meter that has seen steps of these lengths, its log, and the clock: a list of one, to be set."""
+    run = run or small_run(num_iterations=len(seconds))
+    clock = [100.0]
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    model = script.GPT(small_config())
+    state = SimpleNamespace(model=model, seconds=0.0, numerics=script.Numerics(precision, CPU))
+    log = Records()
+    meter = script.Meter(state, model.config, run, FakeWorld(device=device), log)
+    for i, length in enumerate(seconds):
+        clock[0] += length
+        loss = torch.tensor(losses[i] if losses else 2.0)
+        meter.submit(i + 1, loss, torch.tensor(norm), script.Plan(1e-3, 0.0))
+    return meter, log, clock
+
+
+def test_the_average_step_leaves_the_first_ones_out(monkeypatch):
+    skipped = script.TIMING_WARMUP_STEPS
+    seconds = [50.0] + [9.0] * (skipped - 1) + [0.25, 0.5, 0.75]
+    meter, log, _ = metered(monkeypatch, seconds)
+    averages = [record["step_avg_ms"] for record in log.records]
+    assert averages[0] == pytest.approx(50_000)  # there is no other
+    assert averages[1:skipped] == pytest.approx([9000.0] * (skipped - 1))
+    assert averages[skipped:] == pytest.approx([250, 375, 500]) and meter.step_average == pytest.approx(0.5)
+    assert [record["step_ms"] for record in log.records] == pytest.approx([1000 * s for s in seconds])
+    assert meter.state.seconds == pytest.approx(sum(seconds))
+    assert log.records[-1]["time"] == pytest.approx(1000 * sum(seconds))
+
+
+def test_time_outside_training_does_not_count(monkeypatch):
+    meter, log, clock = metered(monkeypatch, [1.0, 1.0])
+    clock[0] += 1000
+    meter.flush()
+    meter.resume()
+    clock[0] += 3
+    meter.submit(3, torch.tensor(2.0), torch.tensor(0.5), script.Plan(1e-3, 0.0))
+    assert log.records[-1]["step_ms"] == pytest.approx(3000) and meter.state.seconds == pytest.approx(5)
+
+
+def test_a_record_has_the_steps_numbers(monkeypatch):
+    run = small_run(num_iterations=4, batch_size=2, sequence_length=8, grad_accumulation_steps=3)
+    _, log, _ = metered(monkeypatch, [2.0, 2.0, 2.0], run)
+    record = log.records[-1]
+    assert (record["step"], record["train_loss"], record["lr"], record["grad_norm"]) == (3, 2.0, 1e-3, 0.5)
+    assert record["tokens"] == 3 * 48 and record["tokens_per_second"] == pytest.approx(24)
+    assert record["seconds_left"] == pytest.approx(2.0) and record["mfu"] is None and record["peak_mem_MB"] == 7
+
+
+def test_mfu_is_the_share_of_the_peak(monkeypatch):
+    monkeypatch.setattr(FakeWorld, "peak_flops", lambda self: 1e6)
+    run = small_run(num_iterations=1)
+    meter, log, _ = metered(monkeypatch, [2.0], run)
+    flops = meter.state.model.flops_per_token(8)
+    assert log.records[0]["mfu"] == pytest.approx(flops * 16 / 2 / 1e6)
+
+
+def test_on_a_gpu_a_step_is_reported_when_the_next_is_queued(monkeypatch):
+    meter, log, clock = metered(monkeypatch, [1.0, 1.0, 1.0], device=torch.device("cuda"))
+    assert [record["step"] for record in log.records] == [1, 2]
+    clock[0] += 1
+    meter.flush()
+    meter.flush()
+    assert [record["step"] for record in log.records] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_training(monkeypatch, loss):
+    with pytest.raises(script.DivergedError, match="the loss of step 2 is .*lower --learning_rate"):
+        metered(monkeypatch, [1.0, 1.0], losses=[2.0, loss])
+
+
+def test_a_gradient_that_is_no_number_stops_training_but_where_the_scaler_skips(monkeypatch):
+    with pytest.raises(script.DivergedError, match="gradient norm inf.*lower --learning_rate"):
+        metered(monkeypatch, [1.0], norm=math.inf)
+    _, log, _ = metered(monkeypatch, [1.0], norm=math.inf, precision="fp16")
+    assert log.records[0]["grad_norm"] is None
+
+
+STEP_LINE = re.compile(
+    r"step:(\d+)/(\d+) \| loss (\d+\.\d{4}) \| lr \S+ \| norm (\S+) \| [\d,]+ tok/s \| mfu (\S+) \| mem [\d,]+ MiB"
+    r" \| left \d+:\d\d:\d\d \| step_avg:(\d+\.\d\d) ms"
+)
+
+
+def test_the_lines_of_the_log(monkeypatch):
+    _, log, _ = metered(monkeypatch, [0.5, 0.25])
+    assert STEP_LINE.fullmatch(log.lines[1]).groups() == ("2", "2", "2.0000", "0.500", "n/a", "250.00")
+    record = dict(log.records[1], grad_norm=None, mfu=0.4567, step_avg_ms=12345.678)
+    groups = STEP_LINE.fullmatch(script.format_record(record, 9)).groups()
+    assert groups == ("2", "9", "2.0000", "overflow", "45.7%", "12345.68")
+    validation = dict(step=7, val_loss=3.14159, val_ntp_loss=3.14159, val_mtp_loss=3.5, mtp_weight=0.0, val_targets=69,
+                      tokens=1000, time=1500.0)
+    line = script.format_record(validation, 9)
+    assert re.fullmatch(r"step:7/9 \| val_loss 3\.1416 \| targets 69 \| tokens 1,000 \| time 1\.5 s", line)
+    line = script.format_record(dict(validation, mtp_weight=0.1), 9)
+    assert line.startswith("step:7/9 | val_loss 3.1416 | val_mtp_loss 3.5000 | ")
