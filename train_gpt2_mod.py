@@ -28,6 +28,7 @@ import secrets
 import shlex
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,6 +226,8 @@ class TrainConfig:
         fits = self.warmup_iters + self.warmdown_iters <= self.num_iterations
         require(fits, f"warmup_iters={self.warmup_iters} + warmdown_iters={self.warmdown_iters} must not exceed "
                 f"num_iterations={self.num_iterations}; shorten them or train longer")
+        require(self.input_val_bin or not self.target_val_loss, f"target_val_loss={self.target_val_loss} needs a "
+                "validation; name its shards with --input_val_bin")
         for name in ("beta1", "beta2"):
             require(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1; 0.9 and 0.95 are usual")
 
@@ -505,6 +508,7 @@ class World:
 
     def __enter__(self):
         if self.size > 1:
+            require("MASTER_ADDR" in os.environ, f"WORLD_SIZE={self.size} without MASTER_ADDR; launch with torchrun")
             cuda = self.device.type == "cuda"
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
         return self
@@ -660,10 +664,10 @@ def new_run_id(model):
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{model}-{secrets.token_hex(2)}"
 
 
-def make_run_folder(output_dir, run_id):
+def make_run_folder(output_dir, run_id, fresh):
     folder = Path(output_dir) / run_id
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=not fresh)
         with open(folder / f"{run_id}.log", "a"):
             pass
     except OSError as e:
@@ -686,11 +690,14 @@ def open_log(world, config, run, run_id, notes, checkpoint):
     """The log of this process. The first one's opens with the run's source, versions and command."""
     if not world.is_main:
         return NullLog()
-    folder = make_run_folder(run.output_dir, run_id)
+    wandb = import_wandb() if run.log_wandb else None  # before there is a folder
+    folder = make_run_folder(run.output_dir, run_id, fresh=not checkpoint)
     settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run))
     write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode() + b"\n"))
     trim_metrics(folder, checkpoint["step"] if checkpoint else 0)
-    log = RunLog(folder, run.log_every, start_wandb(run, run_id, settings, folder) if run.log_wandb else None)
+    flat = {**settings["network"], **settings["run"]}
+    where = dict(project=run.wandb_project, name=run_id, id=run_id, resume="allow", dir=folder)
+    log = RunLog(folder, run.log_every, wandb.init(config=flat, **where) if wandb else None)
     if not checkpoint:
         log.file.write(Path(__file__).read_text() + "\n" + "-" * 100 + "\n")
     log.text(f"run {run_id}: {shlex.join(sys.argv)}")
@@ -701,13 +708,12 @@ def open_log(world, config, run, run_id, notes, checkpoint):
     return log
 
 
-def start_wandb(run, run_id, settings, folder):
+def import_wandb():
     try:
         import wandb
     except ImportError as e:
         raise ConfigError("log_wandb needs the package wandb; pip install wandb, or drop --log_wandb") from e
-    flat = {**settings["network"], **settings["run"]}
-    return wandb.init(project=run.wandb_project, name=run_id, id=run_id, resume="allow", config=flat, dir=folder)
+    return wandb
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1183,7 +1189,9 @@ def parallelize(model, run, world, log):
         model.compile(dynamic=False)
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 means to rename broadcast_buffers
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def gradient_sync(model, wanted):
@@ -1246,17 +1254,24 @@ def save_checkpoint(state, config, run, world, run_id):
     path = Path(run.output_dir) / run_id / f"step{state.step:06d}.pt"
     content = state.state_dict(world)
     content.update(format=1, run_id=run_id, network=dataclasses.asdict(config), run=dataclasses.asdict(run))
-    if world.is_main:
-        write_atomically(path, lambda f: torch.save(content, f))
+    try:
+        if world.is_main:
+            write_atomically(path, lambda f: torch.save(content, f))
+    except OSError as e:
+        raise DataError(f"{path} cannot be written ({e.strerror}); what was saved before it is whole: free some "
+                        "space and go on with --resume auto") from e
     return path
 
 
 def load_checkpoint(path):
     """The content of a checkpoint, on the CPU. Nothing in the file is run (weights_only)."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error of one line is to come
+            content = torch.load(path, map_location="cpu", weights_only=True)
         parts = {"model", "optimizer", "scaler", "loader", "rng", "network", "run", "run_id", "step", "seconds"}
         complete = content["format"] == 1 and parts <= set(content)
+        GPTConfig(**content["network"]), TrainConfig(**content["run"])
     except FileNotFoundError as e:
         raise ConfigError(f"resume={path} does not exist; name a .pt file of a run's folder, or auto") from e
     except Exception as e:  # torch.load raises many kinds
@@ -1420,6 +1435,9 @@ def train(state, config, run, world, log, run_id, val_shards):
             losses = evaluate(state.model, val_shards, config, run, world, state.numerics)
             tokens = state.step * run.tokens_per_step
             validation = dict(step=state.step, **losses, tokens=tokens, time=1000 * state.seconds)
+            if not math.isfinite(losses["val_loss"]):
+                raise DivergedError(f"the validation loss after step {state.step} is {losses['val_loss']}; training "
+                                    "stopped: lower --learning_rate or lengthen --warmup_iters")
             log.record(validation, last)
             if 0 < run.target_val_loss and losses["val_loss"] <= run.target_val_loss:
                 log.text(f"target validation loss {run.target_val_loss} reached at step {state.step}, after "
@@ -1447,7 +1465,7 @@ def report_end(state, config, run, world, log):
 
 
 def find_resume(typed):
-    """(path, content) of the checkpoint that --resume means; (None, None) for a fresh start."""
+    """(path, content, fields) of the checkpoint that --resume means; three times None for a fresh start."""
     path = typed.get("resume")
     if path == "auto":
         shapes_network = set(field_defaults(GPTConfig)) | {"model", "gqa_enabled", "kv_head_ratio", "embd_scale"}
@@ -1457,17 +1475,18 @@ def find_resume(typed):
             wanted["vocab_size"] = typed.get("vocab_size")  # unless typed, it is the shards'
         wanted = {k: v for k, v in wanted.items() if v is not None}
         path = find_checkpoint(typed.get("output_dir", TrainConfig.output_dir), wanted)
-    return (Path(path), load_checkpoint(path)) if path else (None, None)
+    if not path:
+        return None, None, None
+    path, content = Path(path).resolve(), load_checkpoint(path)
+    fields = checkpoint_fields(content)
+    if path.parent.name == content["run_id"]:
+        fields["output_dir"] = str(path.parent.parent)  # the run may have been moved
+    return path, content, fields
 
 
-def start_run(typed, world, path, content):
+def start_run(typed, world, path, content, base):
     """Put a run together, from shards, flags and, on resume, a checkpoint's content: what train() takes, and notes."""
-    base = checkpoint_fields(content) if content else None
-    if content and path.resolve().parent.name == content["run_id"]:
-        base["output_dir"] = str(path.parent.parent)
     settings = {**field_defaults(TrainConfig), **(base or {}), **typed}
-    vocab_size = settings.get("vocab_size", GPT2_VOCAB_SIZE)
-    resolve(typed, world.machine(vocab_size), base)  # what is wrong with the flags should not wait for data
     shards = TokenShards(settings["input_bin"])
     val_shards = TokenShards(settings["input_val_bin"]) if settings["input_val_bin"] else None
     if val_shards and val_shards.total < 2:
@@ -1503,10 +1522,13 @@ def start_run(typed, world, path, content):
 
 def run_training(typed):
     """One run from what was typed, to its end."""
-    path, content = find_resume(typed)
-    device = typed.get("device", content["run"]["device"] if content else TrainConfig.device)
-    with World(device) as world:
-        state, config, run, val_shards, notes = start_run(typed, world, path, content)
+    path, content, base = find_resume(typed)
+    settings = {**(base or {}), **typed}
+    world = World(settings.get("device", TrainConfig.device))
+    # What is wrong with the flags waits for nothing.
+    resolve(typed, world.machine(settings.get("vocab_size", GPT2_VOCAB_SIZE)), base)
+    with world:
+        state, config, run, val_shards, notes = start_run(typed, world, path, content, base)
         if typed.get("resume") and not content:
             notes.append(f"no checkpoint in {run.output_dir} to resume from: this is a fresh start")
         run_id = content["run_id"] if content else new_run_id(run.model)
@@ -1527,7 +1549,8 @@ def main(argv=None):
     try:
         run_training(parse_flags(sys.argv[1:] if argv is None else argv))
     except (ConfigError, DataError, DivergedError) as e:
-        if os.environ.get("RANK", "0") == "0" or isinstance(e, DataError):
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not rank.isdigit() or isinstance(e, DataError):
             print(f"error: {e}", file=sys.stderr)
         return 1 if isinstance(e, DivergedError) else 2
     return 0

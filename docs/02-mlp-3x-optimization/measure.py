@@ -1,0 +1,88 @@
+#!/usr/bin/env python3
+"""Measure d12_mlp3x against d12, and print the tables of README.md.
+
+    python docs/02-mlp-3x-optimization/measure.py --input_bin 'bench/train_*.bin' --input_val_bin 'bench/val_*.bin'
+    python docs/02-mlp-3x-optimization/measure.py --table
+
+The first runs what results.jsonl does not hold yet for this GPU, a minute or two a run on an H100, and appends a record
+each; the second only prints. Flags it does not know go to train_gpt2_mod.py.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RESULTS = HERE / "results.jsonl"
+# The comparison first, at one learning rate and with two seeds; then what shows where that rate stands.
+RUNS = [(model, 6e-4, seed) for seed in (1, 2) for model in ("d12", "d12_mlp3x")]
+RUNS += [("d12", lr, 1) for lr in (3e-4, 1e-3, 2e-3, 4e-3)] + [("d12_mlp3x", 2e-3, 1)]
+FLAGS = (
+    "--batch_size 64 --sequence_length 1024 --total_batch_size 131072 --num_iterations 230 --warmup_iters 23 "
+    "--warmdown_iters 77 --val_loss_every 0 --no_save_checkpoints --log_every 115"
+)
+
+
+def results():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def measure(model, lr, seed, rest):
+    """Run the script once; the figures of its last step and its validation."""
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
+    with tempfile.TemporaryDirectory() as logs:
+        flags = ["--model", model, "--learning_rate", str(lr), "--seed", str(seed), *FLAGS.split(), *rest]
+        subprocess.run([sys.executable, ROOT / "train_gpt2_mod.py", *flags, "--output_dir", logs], check=True)
+        records = [json.loads(line) for line in next(Path(logs).glob("*/metrics.jsonl")).read_text().splitlines()]
+    return record(model, lr, seed, records, torch.cuda.get_device_name(), torch.__version__)
+
+
+def record(model, lr, seed, records, gpu, torch_version):
+    step = [r for r in records if "train_loss" in r][-1]
+    return dict(
+        model=model, learning_rate=lr, seed=seed, val_loss=records[-1]["val_loss"], tokens=records[-1]["tokens"],
+        step_avg_ms=step["step_avg_ms"], tokens_per_second=step["tokens"] / step["step"] / step["step_avg_ms"] * 1000,
+        mfu=step["mfu"], peak_mem_MB=step["peak_mem_MB"], gpu=gpu, torch=torch_version,
+    )
+
+
+def tables(rows):
+    """The two Markdown tables: the comparison, and the losses by learning rate."""
+    heads = ("model", "seed", "step, ms", "tokens/s", "MFU", "peak memory, MiB", "validation loss")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = sorted(rows, key=lambda r: (r["model"], r["learning_rate"], r["seed"]))
+    for r in rows:
+        if r["learning_rate"] == 6e-4:
+            lines.append(f"| `{r['model']}` | {r['seed']} | {r['step_avg_ms']:.1f} | {r['tokens_per_second']:,.0f} | "
+                         f"{100 * r['mfu']:.1f}% | {r['peak_mem_MB']:,} | {r['val_loss']:.4f} |")
+    rates = sorted({r["learning_rate"] for r in rows})
+    lines += ["", "| model | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for model in sorted({r["model"] for r in rows}):
+        mine = [r for r in rows if r["model"] == model]
+        cells = [[f"{r['val_loss']:.3f}" for r in mine if r["learning_rate"] == lr] for lr in rates]
+        lines.append(f"| `{model}` | " + " | ".join(", ".join(cell) or "-" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", action="store_true", help="only print the tables of results.jsonl")
+    args, rest = parser.parse_known_args(argv)
+    if not args.table:
+        done = {(r["model"], r["learning_rate"], r["seed"]) for r in results()}
+        for run in RUNS:
+            if run not in done:
+                row = measure(*run, rest)
+                with open(RESULTS, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+    print(tables(results()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What the documents say is what the code and the results say."""
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt2_mod as script
+from helpers import machine
+
+ROOT = Path(script.__file__).parent
+MLP3X = ROOT / "docs" / "02-mlp-3x-optimization"
+sys.path.insert(0, str(MLP3X))
+import measure  # noqa: E402
+
+
+def parameters(**fields):
+    with torch.device("meta"):
+        return script.GPT(script.GPTConfig(**fields)).parameter_count()
+
+
+def table_rows(text):
+    """The cells of each table row of a Markdown text whose first cell is a name in backticks."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    return [[cells[0].strip("`"), *cells[1:]] for cells in rows]
+
+
+def test_the_readme_lists_every_preset_with_its_numbers():
+    section = (ROOT / "README.md").read_text().split("## Presets")[1].split("## Where")[0]
+    rows = {cells[0]: cells for cells in table_rows(section)}
+    assert list(rows) and set(rows) == set(script.base_configs)
+    for name, cells in rows.items():
+        c = script.GPTConfig(**script.base_configs[name])
+        assert cells[1] == f"{c.n_layer}, {c.n_head}/{c.n_kv_head}, {c.n_embd}"
+        assert cells[3] == f"{parameters(**script.base_configs[name]):,}"
+
+
+def test_the_readme_has_the_means_of_the_results():
+    rows = {cells[0]: cells for cells in table_rows((ROOT / "README.md").read_text().split("## Presets")[1])}
+    for name in ("d12", "d12_mlp3x"):
+        runs = [r for r in measure.results() if (r["model"], r["learning_rate"]) == (name, 6e-4)]
+        assert {r["seed"] for r in runs} == {1, 2}
+        step, rate, mfu, memory = (
+            sum(r[key] for r in runs) / len(runs) for key in ("step_avg_ms", "tokens_per_second", "mfu", "peak_mem_MB")
+        )
+        found = [float(cell.strip("%").replace(",", "")) for cell in rows[name][4:]]
+        assert found == pytest.approx([step, rate, 100 * mfu, memory], abs=0.55, rel=1e-4)
+
+
+def test_the_tables_of_the_mlp_experiment_are_its_results():
+    text = (MLP3X / "README.md").read_text()
+    for table in measure.tables(measure.results()).split("\n\n"):
+        assert table in text
+
+
+def test_the_expectations_table_of_the_mlp_experiment_follows_from_its_results():
+    text = (MLP3X / "README.md").read_text()
+    mean = {}
+    for name in ("d12", "d12_mlp3x"):
+        runs = [r for r in measure.results() if (r["model"], r["learning_rate"]) == (name, 6e-4)]
+        mean[name] = [sum(r[key] for r in runs) / len(runs) for key in ("step_avg_ms", "peak_mem_MB", "val_loss")]
+    for row, base, ours in zip(("step time", "peak memory", "validation loss"), mean["d12"], mean["d12_mlp3x"], strict=True):
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row} |"))
+        assert f"{100 * (ours / base - 1):.1f}%" in line
+        before, after = (float(x.replace(",", "")) for x in re.search(r"([\d.,]+) -> ([\d.,]+)", line).groups())
+        assert (before, after) == pytest.approx((base, ours), rel=2e-4)
+
+
+def test_the_mlp_experiments_own_check_passes_and_prints_the_counts():
+    done = subprocess.run([sys.executable, MLP3X / "test_mlp3x.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "123,532,032" in done.stdout and "124,880,704" in done.stdout
+    assert done.stdout.endswith("All tests passed! ✅\n" + "=" * 70 + "\n\nYou can now train with: --model=d12_mlp3x\n")
+
+
+def test_the_mlp_experiments_own_check_can_fail(tmp_path):
+    source = (ROOT / "train_gpt2_mod.py").read_text()
+    broken = source.replace("int(self.mlp_expansion_factor * self.n_embd)", "int(4 * self.n_embd)")
+    assert broken != source
+    folder = tmp_path / "docs" / "02"
+    folder.mkdir(parents=True)
+    (tmp_path / "train_gpt2_mod.py").write_text(broken)
+    (folder / "test_mlp3x.py").write_text((MLP3X / "test_mlp3x.py").read_text())
+    done = subprocess.run([sys.executable, folder / "test_mlp3x.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "FAILED" in done.stderr and "All tests passed" not in done.stdout
+
+
+def training_commands():
+    """Every command of a document that runs the script, with the document's name."""
+    for path in sorted((ROOT / "docs").glob("*/*.md")):
+        for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if "train_gpt2_mod.py" in words:
+                    yield pytest.param(words[words.index("train_gpt2_mod.py") + 1 :], id=f"{path.stem}: {line[-40:]}")
+
+
+@pytest.mark.parametrize("words", training_commands())
+def test_the_training_commands_of_the_documents_resolve(words):
+    config, run, _ = script.resolve(script.parse_flags(words), machine())
+    assert run.model in script.base_configs and config.n_layer == 12
+
+
+def test_measuring_without_a_gpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "none.jsonl")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="error: no CUDA device"):
+        measure.main([])
+    assert not measure.RESULTS.exists()

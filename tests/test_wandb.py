@@ -1,0 +1,92 @@
+"""Weights & Biases without its network: the file that an offline run leaves is read back."""
+import json
+import struct
+import sys
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+from launch import Trainer, snapshot, steps, validations
+
+BLOCK, FIRST_HEADER, HEADER = 2**15, 7, 7  # bytes: of a block, of the file's own header, of a record's
+
+
+@pytest.fixture
+def trainer(tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb's own"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    return Trainer(tmp_path, capsys)
+
+
+def read_wandb(path):
+    """The records of a .wandb file. Its layout is LevelDB's log (github.com/google/leveldb, doc/log_format.md) behind
+    a header: in blocks, pieces of checksum, length, kind (1 whole, 2 first, 3 middle, 4 last) and data."""
+    data, position, joined, found = path.read_bytes(), FIRST_HEADER, b"", []
+    assert data.startswith(b":W&B")
+    while position + HEADER <= len(data):
+        if BLOCK - position % BLOCK < HEADER:  # no room for a header: zeros up to the next block
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        joined += data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (1, 4):
+            found.append(wandb_internal_pb2.Record.FromString(joined))
+            joined = b""
+    return found
+
+
+def history(found):
+    """W&B's step -> the values logged for it."""
+    rows = {}
+    for record in found:
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            values = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+            rows.setdefault(values["_step"], {}).update(values)
+    return rows
+
+
+def test_what_a_run_logs(trainer):
+    folder = trainer.run("--log_wandb", "--mtp_enabled", "--wandb_project", "some-project").folder
+    path, = folder.rglob("*.wandb")
+    found = read_wandb(path)
+    rows = history(found)
+    assert list(rows) == [64, 128, 192, 256, 320, 384]  # cumulative tokens
+    for record in steps(folder):
+        row = rows[record["tokens"]]
+        for name in ("train_loss", "lr", "grad_norm", "mtp_weight", "time", "peak_mem_MB", "tokens_per_second"):
+            assert row[name] == pytest.approx(record[name]), name
+    assert len(validations(folder)) == 2
+    for record in validations(folder):
+        row = rows[record["tokens"]]
+        for name in ("val_loss", "val_ntp_loss", "val_mtp_loss", "mtp_weight", "time"):
+            assert row[name] == pytest.approx(record[name]), name
+    last = rows[384]
+    assert last["precision"] == "fp32" and last["peak_memory_mb"] >= steps(folder)[-1]["peak_mem_MB"]
+    assert last["kv_sharing_ratio"] == 1 and last["embd_scale_factor"] == 0.25
+
+    run = next(record.run for record in found if record.WhichOneof("record_type") == "run")
+    assert (run.project, run.run_id, run.display_name) == ("some-project", folder.name, folder.name)
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["n_embd"] == 32 and config["mtp_enabled"] is True and config["num_iterations"] == 6
+    exits = [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
+    assert exits == [0]
+
+
+def test_nothing_without_the_flag(trainer):
+    folder = trainer.run().folder
+    assert not list(folder.parent.parent.rglob("*.wandb"))
+
+
+def test_without_the_package(trainer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    before = snapshot(trainer.output.parent)
+    result = trainer.main(*trainer.flags("--log_wandb"))
+    assert result.code == 2
+    assert result.err == "error: log_wandb needs the package wandb; pip install wandb, or drop --log_wandb\n"
+    assert snapshot(trainer.output.parent) == before
