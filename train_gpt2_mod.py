@@ -26,8 +26,10 @@ import os
 import platform
 import secrets
 import shlex
+import shutil
 import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -232,12 +234,8 @@ class TrainConfig:
             require(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1; 0.9 and 0.95 are usual")
 
     @property
-    def sequences_per_step(self):
-        return self.batch_size * self.grad_accumulation_steps
-
-    @property
     def tokens_per_step(self):
-        return self.sequences_per_step * self.sequence_length
+        return self.grad_accumulation_steps * self.batch_size * self.sequence_length
 
 
 @dataclass(frozen=True)
@@ -513,8 +511,10 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
         return self
 
-    def __exit__(self, *error):
-        # A DDP object that outlives its process group aborts gloo at exit, so what is unreachable goes first.
+    def __exit__(self, kind, error, trace):
+        # A DDP object that outlives its process group aborts gloo at exit, so it goes first: also out of the frames
+        # that an error keeps alive.
+        traceback.clear_frames(trace)
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -622,7 +622,7 @@ class RunLog(NullLog):
             return
         self.file.write(line + "\n")
         if self.overwrite:
-            sys.stdout.write(self.overwrite + line[: os.get_terminal_size().columns - 1])
+            sys.stdout.write(self.overwrite + line[: shutil.get_terminal_size().columns - 1])
             sys.stdout.flush()
 
     def summary(self, details):
@@ -686,19 +686,18 @@ def trim_metrics(folder, step):
     write_atomically(path, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
 
 
-def open_log(world, config, run, run_id, notes, checkpoint):
-    """The log of this process. The first one's opens with the run's source, versions and command."""
+def open_log(world, config, run, run_id, notes, resumed_at):
+    """The log of this process. The first one's opens with the run's source, versions and command; that of a run resumed
+    at a step (else None) goes on there."""
     if not world.is_main:
         return NullLog()
     wandb = import_wandb() if run.log_wandb else None  # before there is a folder
-    folder = make_run_folder(run.output_dir, run_id, fresh=not checkpoint)
+    folder = make_run_folder(run.output_dir, run_id, fresh=resumed_at is None)
     settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run))
     write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode() + b"\n"))
-    trim_metrics(folder, checkpoint["step"] if checkpoint else 0)
-    flat = {**settings["network"], **settings["run"]}
-    where = dict(project=run.wandb_project, name=run_id, id=run_id, resume="allow", dir=folder)
-    log = RunLog(folder, run.log_every, wandb.init(config=flat, **where) if wandb else None)
-    if not checkpoint:
+    trim_metrics(folder, resumed_at or 0)
+    log = RunLog(folder, run.log_every, start_wandb(wandb, run, run_id, settings, folder) if wandb else None)
+    if resumed_at is None:
         log.file.write(Path(__file__).read_text() + "\n" + "-" * 100 + "\n")
     log.text(f"run {run_id}: {shlex.join(sys.argv)}")
     versions = f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
@@ -714,6 +713,15 @@ def import_wandb():
     except ImportError as e:
         raise ConfigError("log_wandb needs the package wandb; pip install wandb, or drop --log_wandb") from e
     return wandb
+
+
+def start_wandb(wandb, run, run_id, settings, folder):
+    flat = {**settings["network"], **settings["run"]}
+    try:
+        return wandb.init(project=run.wandb_project, name=run_id, id=run_id, resume="allow", config=flat, dir=folder)
+    except wandb.Error as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"log_wandb: W&B does not start ({reason}); set WANDB_MODE=offline, or drop the flag") from e
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -848,8 +856,8 @@ mlps = {"gelu": MLP, "swiglu": SwiGLUMLP}
 
 
 class Block(nn.Module):
-    """x + s norm(attention(norm(x))), then x + norm(mlp(norm(x))), the outer norms only with post_norm;
-    s = 1/sqrt(2 n_layer) keeps the residual stream's growth independent of depth."""
+    """x + s norm(attention(norm(x))), then x + norm(mlp(norm(x))), the outer norms only with post_norm. The scale
+    s = 1/sqrt(2 n_layer) is on attention alone, as in the trainer of the NoCap benchmark."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -1213,6 +1221,7 @@ class TrainState:
     numerics: Numerics
     loader: DistributedDataLoader
     step: int = 0
+    tokens: int = 0  # trained on, over all processes
     seconds: float = 0.0  # of training, over all sittings
 
     def state_dict(self, world):
@@ -1220,7 +1229,7 @@ class TrainState:
         return dict(
             model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), loader=self.loader.state_dict(),
             scaler=self.numerics.scaler.state_dict(), rng=world.gather([torch.get_rng_state(), *cuda]),
-            step=self.step, seconds=self.seconds,
+            step=self.step, tokens=self.tokens, seconds=self.seconds,
         )
 
     def load_state_dict(self, state, world):
@@ -1228,7 +1237,7 @@ class TrainState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.numerics.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         if len(state["rng"]) == world.size:  # else the processes are others, and a stream each cannot be kept
             cpu, *cuda = state["rng"][world.rank]
             torch.set_rng_state(cpu)
@@ -1269,7 +1278,8 @@ def load_checkpoint(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error of one line is to come
             content = torch.load(path, map_location="cpu", weights_only=True)
-        parts = {"model", "optimizer", "scaler", "loader", "rng", "network", "run", "run_id", "step", "seconds"}
+        parts = {"model", "optimizer", "loader", "scaler", "rng", "step", "tokens", "seconds", "network", "run",
+                 "run_id"}
         complete = content["format"] == 1 and parts <= set(content)
         GPTConfig(**content["network"]), TrainConfig(**content["run"])
     except FileNotFoundError as e:
@@ -1281,14 +1291,19 @@ def load_checkpoint(path):
     return content
 
 
+def newest_checkpoint(folder):
+    """The checkpoint of the most steps in a run's folder, or None."""
+    return max(folder.glob("step*.pt"), key=lambda path: (len(path.name), path.name), default=None)
+
+
 def find_checkpoint(output_dir, wanted):
     """The newest checkpoint of the newest run in output_dir whose network has the wanted values (a dict), or None."""
     for folder in sorted(Path(output_dir).glob("*/"), key=lambda p: p.name, reverse=True):
-        checkpoints = sorted(folder.glob("step*.pt"))
+        newest = newest_checkpoint(folder)
         with contextlib.suppress(OSError, ValueError, KeyError):
             network = json.loads((folder / "config.json").read_text())["network"]
-            if checkpoints and all(network[k] == v for k, v in wanted.items()):
-                return checkpoints[-1]
+            if newest and all(network[k] == v for k, v in wanted.items()):
+                return newest
     return None
 
 
@@ -1347,9 +1362,9 @@ class Meter:
     def resume(self):
         self.mark = time.perf_counter()
 
-    def submit(self, step, loss, grad_norm, row):
+    def submit(self, step, tokens, loss, grad_norm, row):
         read = self.world.read_later(torch.stack([self.world.mean(loss), grad_norm]))
-        previous, self.pending = self.pending, (step, read, row)
+        previous, self.pending = self.pending, (step, tokens, read, row)
         if previous:
             self.report(*previous)
         if self.world.device.type != "cuda":  # the host has waited already
@@ -1367,7 +1382,7 @@ class Meter:
         skipped = min(len(self.first), self.count - 1)
         return (self.total - sum(self.first[:skipped])) / (self.count - skipped)
 
-    def report(self, step, read, row):
+    def report(self, step, tokens, read, row):
         loss, grad_norm = read()
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
@@ -1385,7 +1400,7 @@ class Meter:
         self.log.record(
             dict(
                 step=step, train_loss=loss, lr=row.lr, grad_norm=None if overflow else grad_norm,
-                mtp_weight=row.mtp_weight, tokens=step * self.run.tokens_per_step, tokens_per_second=rate,
+                mtp_weight=row.mtp_weight, tokens=tokens, tokens_per_second=rate,
                 mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
                 step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
                 seconds_left=(self.run.num_iterations - step) * self.step_average,
@@ -1415,15 +1430,15 @@ def train_step(model, state, row, run, world):
 
 
 def train(state, config, run, world, log, run_id, val_shards):
-    """Train from state.step to the end of the run, or to its target; gives the last validation's record, if any."""
+    """Train from state.step to the end of the run, or to its target."""
     model = parallelize(state.model, run, world, log)
     meter = Meter(state, config, run, world, log)
-    validation, last = None, run.num_iterations
+    last = run.num_iterations
     for step in range(state.step, last):
         row = plan(step, config, run)
         loss, grad_norm = train_step(model, state, row, run, world)
-        state.step = step + 1
-        meter.submit(state.step, loss, grad_norm, row)
+        state.step, state.tokens = step + 1, state.tokens + run.tokens_per_step
+        meter.submit(state.step, state.tokens, loss, grad_norm, row)
         save_now = run.save_checkpoints and due(state.step, run.save_every, last)
         validate_now = val_shards is not None and due(state.step, run.val_loss_every, last)
         if not (save_now or validate_now):
@@ -1433,20 +1448,17 @@ def train(state, config, run, world, log, run_id, val_shards):
             log.text(f"saved {save_checkpoint(state, config, run, world, run_id)}")
         if validate_now:
             losses = evaluate(state.model, val_shards, config, run, world, state.numerics)
-            tokens = state.step * run.tokens_per_step
-            validation = dict(step=state.step, **losses, tokens=tokens, time=1000 * state.seconds)
             if not math.isfinite(losses["val_loss"]):
                 raise DivergedError(f"the validation loss after step {state.step} is {losses['val_loss']}; training "
                                     "stopped: lower --learning_rate or lengthen --warmup_iters")
-            log.record(validation, last)
+            log.record(dict(step=state.step, **losses, tokens=state.tokens, time=1000 * state.seconds), last)
             if 0 < run.target_val_loss and losses["val_loss"] <= run.target_val_loss:
                 log.text(f"target validation loss {run.target_val_loss} reached at step {state.step}, after "
-                         f"{state.seconds:.1f} s of training and {tokens:,} tokens")
+                         f"{state.seconds:.1f} s of training and {state.tokens:,} tokens")
                 if run.save_checkpoints and not save_now:
                     log.text(f"saved {save_checkpoint(state, config, run, world, run_id)}")
                 break
         meter.resume()
-    return validation
 
 
 def report_end(state, config, run, world, log):
@@ -1457,8 +1469,7 @@ def report_end(state, config, run, world, log):
         n_layer=config.n_layer, kv_sharing_ratio=config.n_head / config.n_kv_head,
         embd_scale_factor=config.n_embd / GPTConfig(**base_configs[run.model]).n_embd,
     )
-    tokens = state.step * run.tokens_per_step
-    log.text(f"training took {state.seconds:.1f} s for {state.step:,} steps, {tokens:,} tokens")
+    log.text(f"training took {state.seconds:.1f} s for {state.step:,} steps, {state.tokens:,} tokens")
     log.text(f"Peak memory consumption: {peak} MiB with precision={config.precision}")
     log.text("mem_details: " + json.dumps(details))
     log.summary(dict(details, precision=config.precision))
@@ -1531,8 +1542,10 @@ def run_training(typed):
         state, config, run, val_shards, notes = start_run(typed, world, path, content, base)
         if typed.get("resume") and not content:
             notes.append(f"no checkpoint in {run.output_dir} to resume from: this is a fresh start")
-        run_id = content["run_id"] if content else new_run_id(run.model)
-        log = open_log(world, config, run, world.gather(run_id)[0], notes, content)
+        run_id, resumed_at = (content["run_id"], state.step) if content else (new_run_id(run.model), None)
+        run_id = world.gather(run_id)[0]
+        log = open_log(world, config, run, run_id, notes, resumed_at)
+        del content  # weights and optimizer once more
         try:
             train(state, config, run, world, log, run_id, val_shards)
             report_end(state, config, run, world, log)

@@ -95,7 +95,7 @@ def test_a_micro_batch_for_each_process_is_the_default():
     for size in (1, 2, 8):
         _, run = resolved("--batch_size 4 --sequence_length 128", world_size=size)
         assert run.grad_accumulation_steps == size and run.tokens_per_step == 4 * 128 * size
-        assert run.sequences_per_step == 4 * size
+        assert run.grad_accumulation_steps * run.batch_size == 4 * size
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

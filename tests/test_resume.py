@@ -152,6 +152,13 @@ def test_another_batch_size_trains_on_the_same_tokens(trainer, batch_size, shuff
     assert column(validations(copy), "val_loss") == pytest.approx(column(validations(whole), "val_loss"), abs=1e-5)
 
 
+def test_tokens_go_on_where_the_step_grows(trainer):
+    first = trainer.run("--num_iterations", 4, "--warmup_iters", 0, "--warmdown_iters", 0)
+    trainer.run("--resume", first.folder / "step000004.pt", "--num_iterations", 6, "--warmup_iters", 0,
+                "--warmdown_iters", 0, "--total_batch_size", 128)
+    assert column(steps(first.folder), "tokens") == [64, 128, 192, 256, 384, 512]
+
+
 def test_flags_that_only_colour_a_run_may_change(trainer):
     folder = trainer.run("--mtp_enabled", "--save_every", 3).folder
     result = trainer.main("--resume", folder / "step000003.pt", "--mtp_weight", 0.3, "--precision", "bf16",

@@ -283,7 +283,7 @@ def metered(monkeypatch, seconds, run=None, device=CPU, losses=None, norm=0.5, p
     for i, length in enumerate(seconds):
         clock[0] += length
         loss = torch.tensor(losses[i] if losses else 2.0)
-        meter.submit(i + 1, loss, torch.tensor(norm), script.Plan(1e-3, 0.0))
+        meter.submit(i + 1, (i + 1) * run.tokens_per_step, loss, torch.tensor(norm), script.Plan(1e-3, 0.0))
     return meter, log, clock
 
 
@@ -306,7 +306,7 @@ def test_time_outside_training_does_not_count(monkeypatch):
     meter.flush()
     meter.resume()
     clock[0] += 3
-    meter.submit(3, torch.tensor(2.0), torch.tensor(0.5), script.Plan(1e-3, 0.0))
+    meter.submit(3, 48, torch.tensor(2.0), torch.tensor(0.5), script.Plan(1e-3, 0.0))
     assert log.records[-1]["step_ms"] == pytest.approx(3000) and meter.state.seconds == pytest.approx(5)
 
 

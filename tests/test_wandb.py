@@ -90,3 +90,15 @@ def test_without_the_package(trainer, monkeypatch):
     assert result.code == 2
     assert result.err == "error: log_wandb needs the package wandb; pip install wandb, or drop --log_wandb\n"
     assert snapshot(trainer.output.parent) == before
+
+
+def test_a_wandb_that_does_not_start_is_one_line(trainer, monkeypatch):
+    def refuse(**settings):
+        raise wandb.Error("api_key not configured\nmore")
+
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    result = trainer.main(*trainer.flags("--log_wandb"))
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert result.err.startswith("error: log_wandb: W&B does not start (api_key not configured); set WANDB_MODE=offline")

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from text_encodings import get_encoding  # noqa: E402
-from train_gpt2_mod import GPT, GPTConfig, find_checkpoint, load_checkpoint, require  # noqa: E402
+from train_gpt2_mod import GPT, GPTConfig, find_checkpoint, load_checkpoint, newest_checkpoint, require  # noqa: E402
 
 ENCODINGS = {257: "bytes", 50257: "gpt2"}  # by size of the vocabulary
 
@@ -25,16 +25,15 @@ def find(path):
     """The checkpoint that a path means: a file, the newest of a run's folder, or that of the newest run in a folder."""
     if path.is_file():
         return path
-    of_run = sorted(path.glob("step*.pt"))
-    found = of_run[-1] if of_run else find_checkpoint(path, {})
+    found = newest_checkpoint(path) or find_checkpoint(path, {})
     require(found, f"{path} holds no checkpoint; name a .pt file, a run's folder or a folder of runs")
     return found
 
 
 @torch.no_grad()
 def sample(model, ids, max_new_tokens, context, temperature, top_k, generator):
-    """Extend ids (a list) by max_new_tokens drawn from softmax(logits / temperature) over the top_k (0: all) tokens, one
-    after another; temperature 0 takes the likeliest. Gives the new ids."""
+    """Extend ids (a list) by max_new_tokens drawn from softmax(logits / temperature) over the top_k (0: all) tokens,
+    one after another; temperature 0 takes the likeliest. Gives the new ids."""
     ids, start = list(ids), len(ids)
     for _ in range(max_new_tokens):
         logits = model(torch.tensor([ids[-context:]]))[0][0, -1].float()
@@ -49,11 +48,11 @@ def sample(model, ids, max_new_tokens, context, temperature, top_k, generator):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("path", nargs="?", type=Path, default=Path("logs"), help="checkpoint, run folder or folder of runs")
+    parser.add_argument("path", nargs="?", type=Path, default=Path("logs"), help="checkpoint, run or folder of runs")
     parser.add_argument("--prompt", default="", help="text to go on from")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to draw [200]")
     parser.add_argument("--num_samples", type=int, default=1, help="texts to draw [1]")
-    parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0: the likeliest token [0.8]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0: the likeliest [0.8]")
     parser.add_argument("--top_k", type=int, default=50, help="draw among the likeliest k tokens; 0: among all [50]")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the draws [1337]")
     args = parser.parse_args(argv)
@@ -62,8 +61,8 @@ def main(argv=None):
         path = find(args.path)
         content = load_checkpoint(path)
         config = GPTConfig(**content["network"])
-        require(config.vocab_size in ENCODINGS, f"{path} has a vocabulary of {config.vocab_size}, which no tokenizer here "
-                f"has; known are {', '.join(f'{size} ({name})' for size, name in ENCODINGS.items())}")
+        require(config.vocab_size in ENCODINGS, f"{path} has a vocabulary of {config.vocab_size}, which no tokenizer "
+                f"here has; known are {', '.join(f'{size} ({name})' for size, name in ENCODINGS.items())}")
         encoding = get_encoding(ENCODINGS[config.vocab_size])
     except ValueError as e:  # ConfigError and the data scripts' DataError
         print(f"error: {e}", file=sys.stderr)
