@@ -11,6 +11,7 @@ _activate_env() {
         "$here/requirements.txt") || return 1
     if [ "$(cat "$here/.venv/.stamp" 2>/dev/null)" != "$stamp" ]; then
         echo "making the environment .venv: a few minutes, once"
+        export PIP_DISABLE_PIP_VERSION_CHECK=1
         rm -f "$here/.venv/.stamp"
         "${PYTHON:-python3}" -m venv "$here/.venv" || return 1
         # Without an NVIDIA GPU torch's CPU build does, a tenth of the size, where the package index offers one.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Presets: one command line each. What follows the name is added to it, and the last value of a flag counts:
 #
-#     ./run.sh                          quickstart: environment, data from Python's own documentation, a small model, a sample
+#     ./run.sh                          quickstart: environment, text that comes with Python, a small model, a sample
 #     ./run.sh test                     the tests;  ./run.sh test-all  with the slow ones
 #     ./run.sh d12 | d12_mlp3x | ...    a preset of train_gpt2_mod.py on FineWeb (python data/fineweb.py fetches it)
 #     ./run.sh nocap                    the reference run: d12 to a validation loss of 3.3821 on FineWeb
@@ -16,7 +16,8 @@ name=${1:-quickstart}
 [ "$name" = help ] && sed -n '2,/^set /s/^# \{0,1\}//p' run.sh | sed '/^set /d' && exit
 
 source activate_env.sh
-launch=(torchrun --standalone --nproc_per_node="${NPROC:-1}" train_gpt2_mod.py)
+launch=(python train_gpt2_mod.py) # one process needs no torchrun, whose report would bury an error's one line
+[ "${NPROC:-1}" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$NPROC" train_gpt2_mod.py)
 
 case "$name" in
 quickstart)

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -52,10 +53,10 @@ NORM_EPS = 1e-6
 IGNORED = -1  # a target that counts neither in the loss nor in its mean
 TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
 
-# Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendors' data sheets. The first name found in the device's
-# name counts, so longer names stand before their prefixes.
+# Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the device's
+# name counts, so longer names stand before their beginnings.
 GPU_PEAK_TFLOPS = {
-    "B200": 2250.0, "GH200": 989.4, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.4, "A100": 312.0,
+    "B200": 2250.0, "GH200": 989.4, "H200 NVL": 835.5, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.4, "A100": 312.0,
     "L40S": 362.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5,
     "RTX 3090": 71.0, "RTX 3080": 59.5,
 }
@@ -571,8 +572,9 @@ class World:
         """The device's dense bf16 peak in FLOP/s, None where the table does not know it."""
         if self.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name()
-        return next((1e12 * peak for gpu, peak in GPU_PEAK_TFLOPS.items() if gpu in name), None)
+        name, variants = torch.cuda.get_device_name(), r"(?! (?:Ti|SUPER|D|Laptop)\b)"  # which have peaks of their own
+        known = (peak for gpu, peak in GPU_PEAK_TFLOPS.items() if re.search(rf"\b{gpu}\b{variants}", name))
+        return next((1e12 * peak for peak in known), None)
 
     def describe(self):
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine()
@@ -1390,7 +1392,7 @@ class Meter:
         self.first += [seconds] if self.count <= TIMING_WARMUP_STEPS else []
         self.state.seconds += seconds
         if self.count == 1:
-            self.log.text(f"first step done after {seconds:.1f} s, compilation included")
+            self.log.text(f"first step done after {seconds:.1f} s, with what compiles and allocates")
         overflow = not math.isfinite(grad_norm)  # with a scaler only a skipped step
         if not math.isfinite(loss) or (overflow and not self.state.numerics.scaler.is_enabled()):
             raise DivergedError(f"the loss of step {step} is {loss}, its gradient norm {grad_norm}; training stopped "

@@ -327,6 +327,20 @@ def test_mfu_is_the_share_of_the_peak(monkeypatch):
     assert log.records[0]["mfu"] == pytest.approx(flops * 16 / 2 / 1e6)
 
 
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989.4), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA GeForce RTX 4090", 165.2), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA A10G", 70), ("NVIDIA A10", 125),
+    ("NVIDIA L40", None), ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 3080 Ti", None), ("Tesla P100-PCIE-16GB", None),
+])
+def test_the_peak_of_a_gpu_is_its_own_or_unknown(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    world = script.World("cpu")
+    assert world.peak_flops() is None
+    world.device = torch.device("cuda")
+    assert world.peak_flops() == (None if tflops is None else pytest.approx(tflops * 1e12))
+
+
 def test_on_a_gpu_a_step_is_reported_when_the_next_is_queued(monkeypatch):
     meter, log, clock = metered(monkeypatch, [1.0, 1.0, 1.0], device=torch.device("cuda"))
     assert [record["step"] for record in log.records] == [1, 2]
