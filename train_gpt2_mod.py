@@ -117,7 +117,7 @@ def check_fields(config):
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The network. Fields marked rebuilds=False only colour a run: they may change on resume."""
+    """The network. A resumed run keeps it, but for the precision and MTP's weight and ramp, which rebuild nothing."""
 
     vocab_size: int = option(GPT2_VOCAB_SIZE, "number of token ids (unset: what the shards say)")
     n_layer: int = option(12, "number of blocks", aliases=("n_layers",))
@@ -135,7 +135,7 @@ class GPTConfig:
     mtp_weight: float = option(0.1, "weight of the auxiliary loss", rebuilds=False)
     mtp_rampup_steps: int = option(64, "steps over which mtp_weight rises linearly from 0", rebuilds=False)
     precision: str = option(
-        "bf16", "fp32, or autocast to bf16 or fp16 (unset: bf16 on CUDA that has it, else fp32)",
+        "bf16", "what matrix products compute in (unset: bf16 on CUDA that has it, else fp32)",
         choices=("fp32", "bf16", "fp16"), rebuilds=False,
     )
 
@@ -213,7 +213,7 @@ class TrainConfig:
     val_batch_size: int = option(0, "sequences in a validation batch of one process; 0: batch_size")
     target_val_loss: float = option(0.0, "stop when the validation loss is at most this; 0: never")
     save_every: int = option(0, "steps between checkpoints; 0: only after the last step")
-    save_checkpoints: bool = option(True, "write checkpoints at all")
+    save_checkpoints: bool = option(True, "write no checkpoints")
     log_every: int = option(10, "steps between lines on the console (the log file and metrics.jsonl have every step)")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     compile: bool = option(None, "torch.compile the model (unset: on CUDA)", aliases=("use_compile",))
@@ -231,6 +231,8 @@ class TrainConfig:
                 f"num_iterations={self.num_iterations}; shorten them or train longer")
         require(self.input_val_bin or not self.target_val_loss, f"target_val_loss={self.target_val_loss} needs a "
                 "validation; name its shards with --input_val_bin")
+        project_counts = self.log_wandb or self.wandb_project == TrainConfig.wandb_project
+        require(project_counts, f"wandb_project={self.wandb_project} would be ignored; add --log_wandb")
         for name in ("beta1", "beta2"):
             require(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1; 0.9 and 0.95 are usual")
 
@@ -241,7 +243,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Shorthand:
-    """Flags that act once, when a run is put together: the rules below turn them into fields of the other two."""
+    """Flags that act once, when a run is put together, by setting fields of the other two."""
 
     resume: str = option("", "go on from a checkpoint: a path, or auto (the newest of this network in --output_dir)")
     gqa_enabled: bool = option(False, "grouped-query attention: kv_head_ratio 0.25, embd_scale 1.12 unless typed")
@@ -429,7 +431,8 @@ class FlagParser(argparse.ArgumentParser):
 
 def make_parser():
     """The parser of all flags, from the fields of the three dataclasses."""
-    parser = FlagParser(prog="train_gpt2_mod.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    about = f"{__doc__.split(chr(10))[0]} Dashes and underscores are the same; every switch has a --no_ form."
+    parser = FlagParser(prog="train_gpt2_mod.py", description=about, allow_abbrev=False,
                         argument_default=argparse.SUPPRESS)
     for cls in (GPTConfig, TrainConfig, Shorthand):
         group = parser.add_argument_group(cls.__name__, cls.__doc__.split("\n\n")[0])
@@ -437,18 +440,19 @@ def make_parser():
             choices = f.metadata["choices"]
             choices = choices() if callable(choices) else choices
             text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
-            if f.default not in (None, "", False) and f.name not in FOUND_BY_RULES:
+            if f.type is not bool and f.default != "" and f.name not in FOUND_BY_RULES:
                 text += f" [{f.default}]"
+            text = text.replace("%", "%%")
             names = (f.name, *f.metadata["aliases"])
-            settings = dict(dest=f.name, help=text.replace("%", "%%"))
+            settings = dict(dest=f.name, help=text)
             if f.type is not bool:
                 kind = f.metadata["parse"] or f.type
                 group.add_argument(*(f"--{n}" for n in names), type=kind, metavar=f.type.__name__.upper(), **settings)
                 continue
-            group.add_argument(*(f"--{n}" for n in names), action="store_true", **settings)
-            if cls is not Shorthand:
-                settings["help"] = argparse.SUPPRESS
-                group.add_argument(*(f"--no_{n}" for n in names), action="store_false", **settings)
+            switches = dict(store_true="--", store_false="--no_") if cls is not Shorthand else dict(store_true="--")
+            for action, dashes in switches.items():  # --help shows the one that changes something
+                settings["help"] = argparse.SUPPRESS if (action == "store_true") == (f.default is True) else text
+                group.add_argument(*(dashes + n for n in names), action=action, **settings)
     return parser
 
 

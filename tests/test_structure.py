@@ -136,7 +136,7 @@ def test_help_lists_every_flag(capsys):
     shown = capsys.readouterr().out
     for _, f in all_fields():
         for name in (f.name, *f.metadata["aliases"]):
-            assert re.search(rf"--{name}\b", shown), name
+            assert re.search(rf"--(no_)?{name}\b", shown), name
     assert all(name in shown for name in [*script.base_configs, *script.mlps])
 
 
