@@ -8,7 +8,7 @@
 #     ./run.sh gqa                      the same with a quarter of the key/value heads and 12% more width
 #     ./run.sh help                     this text
 #
-# NPROC=8 ./run.sh d12 trains on 8 GPUs. The micro-batches are meant for a 24 GB card; with 80 GB add --batch_size 64.
+# NPROC=8 ./run.sh d12 trains on 8 GPUs. Micro-batches are small, for small cards; with 80 GB add --batch_size 64.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 name=${1:-quickstart}

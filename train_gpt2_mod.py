@@ -51,6 +51,7 @@ HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a n
 HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matrix kernels like round shapes
 NORM_EPS = 1e-6
 IGNORED = -1  # a target that counts neither in the loss nor in its mean
+LARGEST = 10**12  # of a whole number in the configuration: what is above it is a slip, and would overflow somewhere
 TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
 
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the device's
@@ -113,6 +114,8 @@ def check_fields(config):
         require(not choices or value in choices, unknown_choice(f.name, value, choices))
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             require(math.isfinite(value) and value >= 0, f"{f.name}={value} must be a finite number of at least 0")
+            limit = LARGEST if isinstance(value, int) else torch.finfo(torch.float32).max
+            require(value <= limit, f"{f.name}={value} must be at most {limit:g}")
 
 
 @dataclass(frozen=True)
@@ -245,7 +248,8 @@ class TrainConfig:
 class Shorthand:
     """Flags that act once, when a run is put together, by setting fields of the other two."""
 
-    resume: str = option("", "go on from a checkpoint: a path, or auto (the newest of this network in --output_dir)")
+    resume: str = option("", "go on from a checkpoint or a run's folder; auto: the newest in --output_dir, of the network "
+                         "typed, if any")
     gqa_enabled: bool = option(False, "grouped-query attention: kv_head_ratio 0.25, embd_scale 1.12 unless typed")
     kv_head_ratio: float = option(0.25, "key/value heads as a share of the query heads, rounded down to a divisor")
     embd_scale: float = option(1.0, "widen n_embd by this factor, to a head size that is a multiple of 8", parse=number)
@@ -291,6 +295,7 @@ ANY_MACHINE = Machine(world_size=1, device_type="cuda", has_bf16=True, vocab_siz
 
 
 def rule_heads_of_width(fields, typed, machine):
+    require(fields["n_head"] >= 1, f"n_head={fields['n_head']} must be at least 1")
     if "n_embd" not in typed or "n_head" in typed:
         return {}, None
     width = typed["n_embd"]
@@ -324,7 +329,6 @@ def rule_embd_scale(fields, typed, machine):
         return {}, None
     n_embd, n_head = fields["n_embd"], fields["n_head"]
     require(0 < scale < 100, f"embd_scale={scale} must be above 0 and below 100")
-    require(n_head >= 1, f"n_head={n_head} must be at least 1")
     head_dim = max(8, 8 * math.floor(n_embd * scale / n_head / 8 + 0.5))
     note = f"n_embd={n_head * head_dim}: {n_embd} x {scale:g} in {n_head} heads of size {head_dim}, a multiple of 8"
     return dict(n_embd=n_head * head_dim), note
@@ -364,8 +368,9 @@ def rule_accumulation(fields, typed, machine):
         steps = world if tokens is None else None
     if tokens is not None:
         step_tokens = per_micro_batch * world
+        said = "total_batch_size" if "total_batch_size" in typed else "the checkpoint's tokens per step"
         require(tokens >= step_tokens and tokens % step_tokens == 0,
-                f"total_batch_size={tokens} must be a multiple of batch_size x sequence_length x processes = "
+                f"{said}={tokens} must be a multiple of batch_size x sequence_length x processes = "
                 f"{fields['batch_size']} x {fields['sequence_length']} x {world} = {step_tokens}; "
                 f"try {nearest_multiples(tokens, step_tokens)}")
         require(steps in (None, tokens // per_micro_batch), f"total_batch_size={tokens} takes "
@@ -388,6 +393,7 @@ RULES = (
     (rule_vocabulary, ()),
     (rule_accumulation, ("total_batch_size",)),
 )
+PRESET_FLAGS = {"model", "gqa_enabled", "kv_head_ratio", "embd_scale"}  # typed, they start from a preset's numbers
 FOUND_BY_RULES = ("vocab_size", "precision", "grad_accumulation_steps")  # no default counts: a rule finds them
 
 
@@ -406,7 +412,7 @@ def resolve(typed, machine, base=None):
     network, fields = field_defaults(GPTConfig), field_defaults(TrainConfig)
     fields.update(base or network)
     name = typed.get("model", fields["model"])
-    if base is None or typed.keys() & {"model", "gqa_enabled", "kv_head_ratio", "embd_scale"}:
+    if base is None or typed.keys() & PRESET_FLAGS:
         require(name in base_configs, unknown_choice("model", name, base_configs))
         fields.update(network, **base_configs[name])
     fields.update(typed)
@@ -489,6 +495,7 @@ class World:
             self.rank, self.local_rank, self.size = (int(os.environ.get(name, given[name])) for name in given)
         except ValueError as e:
             raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE must be numbers ({e}); launch with torchrun") from e
+        require(0 <= self.rank < self.size, f"RANK={self.rank} must be below WORLD_SIZE={self.size}; use torchrun")
         self.is_main = self.rank == 0
         self.device = self.find_device(device)
 
@@ -608,14 +615,23 @@ class RunLog(NullLog):
 
     def __init__(self, folder, log_every, wandb_run=None):
         self.log_every, self.wandb_run = log_every, wandb_run
-        self.file = open(folder / f"{folder.name}.log", "a", buffering=1)
+        self.file = open(folder / f"{folder.name}.log", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
         self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)
-        self.overwrite = "\r\x1b[K" if sys.stdout.isatty() else ""
+        self.overwrite = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 
     def text(self, line):
         self.file.write(line + "\n")
-        sys.stdout.write(f"{self.overwrite}{line}\n")
-        sys.stdout.flush()
+        self.show(f"{line}\n")
+
+    def show(self, text):
+        """On the console, over what it shows of the last step. A console that is closed or full ends no run."""
+        try:
+            if sys.stdout:
+                encoding = sys.stdout.encoding or "utf-8"
+                sys.stdout.write(self.overwrite + text.encode(encoding, "backslashreplace").decode(encoding))
+                sys.stdout.flush()
+        except OSError:
+            sys.stdout = open(os.devnull, "w")
 
     def record(self, record, steps):
         line = format_record(record, steps)
@@ -628,8 +644,7 @@ class RunLog(NullLog):
             return
         self.file.write(line + "\n")
         if self.overwrite:
-            sys.stdout.write(self.overwrite + line[: shutil.get_terminal_size().columns - 1])
-            sys.stdout.flush()
+            self.show(line[: shutil.get_terminal_size().columns - 1])
 
     def summary(self, details):
         if self.wandb_run:
@@ -692,6 +707,14 @@ def trim_metrics(folder, step):
     write_atomically(path, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
 
 
+def set_aside(folder, step):
+    """Rename the checkpoints of steps that a resumed run will do again; gives the notes to say so."""
+    later = [path for path in folder.glob("step*.pt") if int(path.stem.removeprefix("step")) > step]
+    for path in later:
+        path.replace(path.with_suffix(".pt.aside"))
+    return [f"set aside: {path} is now {path.name}.aside" for path in sorted(later)]
+
+
 def open_log(world, config, run, run_id, notes, resumed_at):
     """The log of this process. The first one's opens with the run's source, versions and command; that of a run resumed
     at a step (else None) goes on there."""
@@ -701,7 +724,9 @@ def open_log(world, config, run, run_id, notes, resumed_at):
     folder = make_run_folder(run.output_dir, run_id, fresh=resumed_at is None)
     settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run))
     write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode() + b"\n"))
-    trim_metrics(folder, resumed_at or 0)
+    if resumed_at is not None:
+        trim_metrics(folder, resumed_at)
+        notes = notes + set_aside(folder, resumed_at)
     log = RunLog(folder, run.log_every, start_wandb(wandb, run, run_id, settings, folder) if wandb else None)
     if resumed_at is None:
         log.file.write(Path(__file__).read_text() + "\n" + "-" * 100 + "\n")
@@ -725,7 +750,7 @@ def start_wandb(wandb, run, run_id, settings, folder):
     flat = {**settings["network"], **settings["run"]}
     try:
         return wandb.init(project=run.wandb_project, name=run_id, id=run_id, resume="allow", config=flat, dir=folder)
-    except wandb.Error as e:
+    except (wandb.Error, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"log_wandb: W&B does not start ({reason}); set WANDB_MODE=offline, or drop the flag") from e
 
@@ -1037,7 +1062,8 @@ class TokenShards:
     """
 
     def __init__(self, pattern):
-        self.files = sorted(glob.glob(os.path.expanduser(pattern)))
+        pattern = os.path.expanduser(pattern)
+        self.files = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
         if not self.files:
             raise DataError(f"no file matches '{pattern}'; python data/fineweb.py 1 fetches a first shard of FineWeb, "
                             "python data/prepare.py makes shards of your own text")
@@ -1052,6 +1078,8 @@ class TokenShards:
     @staticmethod
     def open(path):
         """(memory-mapped tokens, vocabulary size) of one shard, its header checked against its length."""
+        if not os.path.isfile(path):
+            raise DataError(f"{path} cannot be read (not a file); mend or remove it")
         try:
             header = np.fromfile(path, "<i4", 256)
             size = os.path.getsize(path)
@@ -1484,14 +1512,19 @@ def report_end(state, config, run, world, log):
 def find_resume(typed):
     """(path, content, fields) of the checkpoint that --resume means; three times None for a fresh start."""
     path = typed.get("resume")
+    require(path != "", "resume= names nothing; name a checkpoint or auto, or drop the flag")
+    output_dir = typed.get("output_dir", TrainConfig.output_dir)
     if path == "auto":
-        shapes_network = set(field_defaults(GPTConfig)) | {"model", "gqa_enabled", "kv_head_ratio", "embd_scale"}
-        wanted = {}
-        if shapes_network & typed.keys():
-            wanted = resolve(typed, ANY_MACHINE)[0].network()
-            wanted["vocab_size"] = typed.get("vocab_size")  # unless typed, it is the shards'
-        wanted = {k: v for k, v in wanted.items() if v is not None}
-        path = find_checkpoint(typed.get("output_dir", TrainConfig.output_dir), wanted)
+        shaping = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata["rebuilds"]} | PRESET_FLAGS
+        shaping = {name: typed[name] for name in shaping & typed.keys()}
+        machine = ANY_MACHINE._replace(vocab_size=typed.get("vocab_size", GPT2_VOCAB_SIZE))
+        wanted = resolve(shaping, machine)[0].network() if shaping else {}
+        if "vocab_size" not in typed:
+            wanted.pop("vocab_size", None)  # it is the shards'
+        path = find_checkpoint(output_dir, wanted)
+    elif path and Path(path).is_dir():
+        folder, path = path, newest_checkpoint(Path(path))
+        require(path, f"resume={folder} is a folder without checkpoints; name a run's folder, a .pt file, or auto")
     if not path:
         return None, None, None
     path, content = Path(path).resolve(), load_checkpoint(path)
@@ -1547,8 +1580,13 @@ def run_training(typed):
     with world:
         state, config, run, val_shards, notes = start_run(typed, world, path, content, base)
         if typed.get("resume") and not content:
-            notes.append(f"no checkpoint in {run.output_dir} to resume from: this is a fresh start")
-        run_id, resumed_at = (content["run_id"], state.step) if content else (new_run_id(run.model), None)
+            notes.append(f"no checkpoint of such a network in {run.output_dir}: this is a fresh start")
+        if state.step >= run.num_iterations:
+            notes.append(f"nothing is left to train: {state.step} of {run.num_iterations} steps are done; "
+                         "--num_iterations sets a later end")
+        run_id, resumed_at = new_run_id(run.model), None
+        if content and path.parent == (Path(run.output_dir) / content["run_id"]).resolve():
+            run_id, resumed_at = content["run_id"], state.step  # else it is a copy, and the run itself is left alone
         run_id = world.gather(run_id)[0]
         log = open_log(world, config, run, run_id, notes, resumed_at)
         del content  # weights and optimizer once more
@@ -1564,9 +1602,13 @@ def run_training(typed):
 
 
 def main(argv=None):
-    """The program: 0 when the run ended well, 2 for what the user can mend, 1 when it diverged; one line on stderr."""
+    """The program: 0 when the run ended well, 2 for what the user can mend, 1 when it diverged, 130 when interrupted;
+    one line on stderr."""
     try:
         run_training(parse_flags(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("interrupted: the checkpoints that were saved are whole, and --resume auto goes on", file=sys.stderr)
+        return 130
     except (ConfigError, DataError, DivergedError) as e:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not rank.isdigit() or isinstance(e, DataError):

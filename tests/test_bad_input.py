@@ -208,7 +208,7 @@ def test_resume_of_what_is_no_checkpoint(trainer):
     for content in ([1, 2], dict(model={}), dict(torch.load(whole, weights_only=True), format=2)):
         torch.save(content, damaged)
         assert_refused(trainer, ["--resume", damaged], damaged, "resume from another")
-    assert_refused(trainer, ["--resume", whole.parent], whole.parent, "resume from another")
+    assert_refused(trainer, ["--resume", trainer.data], trainer.data, "name a run's folder")
 
 
 def test_resume_of_another_network(trainer):

@@ -104,6 +104,20 @@ def test_the_training_commands_of_the_documents_resolve(words):
     assert run.model in script.base_configs and config.n_layer == 12
 
 
+def test_measuring_leaves_other_gpus_rows_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results.jsonl")
+    (tmp_path / "results.jsonl").write_text((MLP3X / "results.jsonl").read_text())
+    row = measure.results()[0]
+    monkeypatch.setattr(measure, "gpu_name", lambda: "Another")
+    asked = []
+    monkeypatch.setattr(measure, "measure", lambda *run: asked.append(run) or dict(row, gpu="Another"))
+    measure.main(["--input_bin", "x*.bin"])
+    assert [run[:3] for run in asked] == measure.RUNS and asked[0][3] == ["--input_bin", "x*.bin"]
+    assert capsys.readouterr().out.startswith("Another\n\n| model |")
+    with pytest.raises(SystemExit):
+        measure.main(["--tabel"])
+
+
 def test_measuring_without_a_gpu_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "none.jsonl")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -19,8 +19,8 @@ TREE = ast.parse(PATH.read_text())
 
 # Lines that each section may have, its rule and title included. Raising one is a decision: delete something first.
 BUDGETS = {
-    "imports and constants": 80, "Config": 430, "World and log": 270, "Model": 225, "Numerics": 40, "Loss": 25,
-    "Optimizer and schedule": 45, "Data": 165, "Parallel": 40, "Checkpoint": 125, "Training": 245, "main": 20,
+    "imports and constants": 80, "Config": 430, "World and log": 300, "Model": 225, "Numerics": 40, "Loss": 25,
+    "Optimizer and schedule": 45, "Data": 165, "Parallel": 40, "Checkpoint": 125, "Training": 245, "main": 30,
 }
 LONGEST_FUNCTION, LONGEST_TRAIN = 70, 75
 

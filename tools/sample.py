@@ -7,7 +7,6 @@
 The tokenizer is known by the vocabulary's size: bytes (257) or GPT-2's (50257). Each sample starts with the end-of-text
 token, as the documents of the shards do, and then the prompt. Every new token runs the whole context again.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+from shards import Parser  # noqa: E402
 from text_encodings import get_encoding  # noqa: E402
 from train_gpt2_mod import GPT, GPTConfig, find_checkpoint, load_checkpoint, newest_checkpoint, require  # noqa: E402
 
@@ -47,7 +47,7 @@ def sample(model, ids, max_new_tokens, context, temperature, top_k, generator):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("path", nargs="?", type=Path, default=Path("logs"), help="checkpoint, run or folder of runs")
     parser.add_argument("--prompt", default="", help="text to go on from")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to draw [200]")
@@ -55,9 +55,13 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0: the likeliest [0.8]")
     parser.add_argument("--top_k", type=int, default=50, help="draw among the likeliest k tokens; 0: among all [50]")
     parser.add_argument("--seed", type=int, default=1337, help="seed of the draws [1337]")
-    args = parser.parse_args(argv)
     try:
-        require(args.temperature >= 0, f"temperature={args.temperature} must be at least 0")
+        args = parser.parse_args(argv)
+        require(args.temperature == 0 or 1e-3 <= args.temperature <= 1e3, f"temperature={args.temperature} must be 0 "
+                "or from 0.001 to 1000")
+        for name, least in dict(top_k=0, max_new_tokens=1, num_samples=1, seed=0).items():
+            value = getattr(args, name)
+            require(least <= value < 2**63, f"{name}={value} must be at least {least} and below 2^63")
         path = find(args.path)
         content = load_checkpoint(path)
         config = GPTConfig(**content["network"])

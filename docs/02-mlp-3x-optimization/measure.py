@@ -5,7 +5,7 @@
     python docs/02-mlp-3x-optimization/measure.py --table
 
 The first runs what results.jsonl does not hold yet for this GPU, a minute or two a run on an H100, and appends a record
-each; the second only prints. Flags it does not know go to train_gpt2_mod.py.
+each; the second only prints.
 """
 import argparse
 import json
@@ -30,17 +30,23 @@ def results():
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def measure(model, lr, seed, rest):
-    """Run the script once; the figures of its last step and its validation."""
+def gpu_name():
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
+    return torch.cuda.get_device_name()
+
+
+def measure(model, lr, seed, data):
+    """Run the script once; the figures of its last step and its validation."""
+    import torch
+
     with tempfile.TemporaryDirectory() as logs:
-        flags = ["--model", model, "--learning_rate", str(lr), "--seed", str(seed), *FLAGS.split(), *rest]
+        flags = ["--model", model, "--learning_rate", str(lr), "--seed", str(seed), *FLAGS.split(), *data]
         subprocess.run([sys.executable, ROOT / "train_gpt2_mod.py", *flags, "--output_dir", logs], check=True)
         records = [json.loads(line) for line in next(Path(logs).glob("*/metrics.jsonl")).read_text().splitlines()]
-    return record(model, lr, seed, records, torch.cuda.get_device_name(), torch.__version__)
+    return record(model, lr, seed, records, gpu_name(), torch.__version__)
 
 
 def record(model, lr, seed, records, gpu, torch_version):
@@ -73,15 +79,21 @@ def tables(rows):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="only print the tables of results.jsonl")
-    args, rest = parser.parse_known_args(argv)
+    parser.add_argument("--input_bin", help="training shards, as train_gpt2_mod.py takes them")
+    parser.add_argument("--input_val_bin", help="validation shards")
+    args = parser.parse_args(argv)
     if not args.table:
-        done = {(r["model"], r["learning_rate"], r["seed"]) for r in results()}
+        data = [word for flag in ("input_bin", "input_val_bin") if (value := getattr(args, flag))
+                for word in (f"--{flag}", value)]
+        gpu = gpu_name()
+        done = {(r["model"], r["learning_rate"], r["seed"]) for r in results() if r["gpu"] == gpu}
         for run in RUNS:
             if run not in done:
-                row = measure(*run, rest)
+                row = measure(*run, data)
                 with open(RESULTS, "a") as f:
                     f.write(json.dumps(row) + "\n")
-    print(tables(results()))
+    for gpu in sorted({r["gpu"] for r in results()}):
+        print(f"{gpu}\n\n{tables([r for r in results() if r['gpu'] == gpu])}\n")
 
 
 if __name__ == "__main__":
