@@ -248,8 +248,8 @@ class TrainConfig:
 class Shorthand:
     """Flags that act once, when a run is put together, by setting fields of the other two."""
 
-    resume: str = option("", "go on from a checkpoint or a run's folder; auto: the newest in --output_dir, of the network "
-                         "typed, if any")
+    resume: str = option("", "go on from a checkpoint or a run's folder; auto: the newest in --output_dir, of the "
+                         "network typed, if any")
     gqa_enabled: bool = option(False, "grouped-query attention: kv_head_ratio 0.25, embd_scale 1.12 unless typed")
     kv_head_ratio: float = option(0.25, "key/value heads as a share of the query heads, rounded down to a divisor")
     embd_scale: float = option(1.0, "widen n_embd by this factor, to a head size that is a multiple of 8", parse=number)

@@ -28,7 +28,8 @@ def test_where_compilation_fails_training_goes_on_and_says_why_in_one_line(train
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_an_uncompiled_one_and_compiles_twice_at_most(trainer, monkeypatch):
-    flags = ["--window", 8, "--qk_norm", "--n_kv_head", 1, "--mtp_enabled", "--mtp_max_steps", 3, "--mtp_rampup_steps", 4]
+    flags = ["--window", 8, "--qk_norm", "--n_kv_head", 1, "--mtp_enabled", "--mtp_max_steps", 3]
+    flags += ["--mtp_rampup_steps", 4]
     plain = trainer.run("--no_compile", *flags)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

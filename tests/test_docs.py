@@ -24,7 +24,8 @@ def parameters(**fields):
 
 def table_rows(text):
     """The cells of each table row of a Markdown text whose first cell is a name in backticks."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [[cells[0].strip("`"), *cells[1:]] for cells in rows]
 
 
@@ -62,7 +63,8 @@ def test_the_expectations_table_of_the_mlp_experiment_follows_from_its_results()
     for name in ("d12", "d12_mlp3x"):
         runs = [r for r in measure.results() if (r["model"], r["learning_rate"]) == (name, 6e-4)]
         mean[name] = [sum(r[key] for r in runs) / len(runs) for key in ("step_avg_ms", "peak_mem_MB", "val_loss")]
-    for row, base, ours in zip(("step time", "peak memory", "validation loss"), mean["d12"], mean["d12_mlp3x"], strict=True):
+    names = ("step time", "peak memory", "validation loss")
+    for row, base, ours in zip(names, mean["d12"], mean["d12_mlp3x"], strict=True):
         line = next(line for line in text.splitlines() if line.startswith(f"| {row} |"))
         assert f"{100 * (ours / base - 1):.1f}%" in line
         before, after = (float(x.replace(",", "")) for x in re.search(r"([\d.,]+) -> ([\d.,]+)", line).groups())
@@ -73,7 +75,8 @@ def test_the_mlp_experiments_own_check_passes_and_prints_the_counts():
     done = subprocess.run([sys.executable, MLP3X / "test_mlp3x.py"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "123,532,032" in done.stdout and "124,880,704" in done.stdout
-    assert done.stdout.endswith("All tests passed! ✅\n" + "=" * 70 + "\n\nYou can now train with: --model=d12_mlp3x\n")
+    end = "All tests passed! ✅\n" + "=" * 70 + "\n\nYou can now train with: --model=d12_mlp3x\n"
+    assert done.stdout.endswith(end)
 
 
 def test_the_mlp_experiments_own_check_can_fail(tmp_path):

@@ -294,7 +294,7 @@ def test_run_sh_hands_failures_on(copy):
 def test_one_process_without_data_is_told_so_in_one_line(copy):
     result = one_process(copy / "run.sh", "d12", PYTHON=sys.executable)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: no file matches 'data/fineweb10B/fineweb_train_*.bin'; python data/fineweb.py 1")
+    assert result.stderr.startswith("error: no file matches 'data/fineweb10B/fineweb_train_*.bin'; python data/fineweb")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

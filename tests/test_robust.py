@@ -59,8 +59,8 @@ def test_a_resume_of_a_run_folder_takes_its_newest(trainer, tmp_path):
 def test_auto_needs_no_flags_of_the_run(trainer):
     folder = trainer.run().folder
     small = ["--model", "tiny", "--n_layer", 2, "--n_head", 2, "--n_embd", 32]
-    flags = ["--resume", "auto", *small, "--total_batch_size", 128, "--num_iterations", 8, "--output_dir", trainer.output]
-    result = trainer.main(*flags)
+    flags = ["--resume", "auto", "--total_batch_size", 128, "--num_iterations", 8, "--output_dir", trainer.output]
+    result = trainer.main(*flags, *small)
     assert result.code == 0 and column(steps(folder), "step") == list(range(1, 9)), result
 
 
@@ -73,7 +73,8 @@ def test_a_finished_run_says_so_and_another_network_is_not_resumed(trainer):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--num_iterations", 10**19], "num_iterations="), (["--seed", 10**22], "seed="), (["--learning_rate", 1e300], "lear"),
+    (["--num_iterations", 10**19], "num_iterations="), (["--seed", 10**22], "seed="),
+    (["--learning_rate", 1e300], "learning_rate="),
 ])
 def test_absurd_numbers_are_refused(trainer, flags, words):
     result = trainer.main(*trainer.flags(*flags))

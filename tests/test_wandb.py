@@ -101,4 +101,4 @@ def test_a_wandb_that_does_not_start_is_one_line(trainer, monkeypatch):
     monkeypatch.setattr(wandb, "init", refuse)
     result = trainer.main(*trainer.flags("--log_wandb"))
     assert result.code == 2 and len(result.err.splitlines()) == 1
-    assert result.err.startswith("error: log_wandb: W&B does not start (api_key not configured); set WANDB_MODE=offline")
+    assert result.err.startswith("error: log_wandb: W&B does not start (api_key not configured); set WANDB_MODE=off")
