@@ -24,3 +24,13 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def trainer(tmp_path, capsys, monkeypatch):
+    """Runs of the script as one process, whatever the tests run in; some files add to it."""
+    from launch import Trainer
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return Trainer(tmp_path, capsys)

@@ -7,21 +7,18 @@ import pytest
 import torch
 
 import launch
-import train_gpt2_mod as script
-from launch import SCRIPT, Trainer, data_flags, error_lines, one_process, snapshot, some_tokens, write_shard
+from launch import SCRIPT, data_flags, error_lines, one_process, snapshot, some_tokens, write_shard
 
 
 @pytest.fixture
-def trainer(tmp_path, capsys, monkeypatch):
+def trainer(trainer, tmp_path, monkeypatch):
     """With another run's files in the output folder, and no CUDA even where there is."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     old = tmp_path / "logs" / "20200101-000000-tiny-0000"
     old.mkdir(parents=True)
     for name in ("metrics.jsonl", "config.json", "step000001.pt"):
         (old / name).write_text("what was there before")
-    return Trainer(tmp_path, capsys)
+    return trainer
 
 
 def assert_refused(trainer, flags, *parts):

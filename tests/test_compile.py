@@ -3,14 +3,7 @@ import pytest
 import torch
 
 import train_gpt2_mod as script
-from launch import Trainer, column, steps, validations
-
-
-@pytest.fixture
-def trainer(tmp_path, capsys, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return Trainer(tmp_path, capsys)
+from launch import column, steps, validations
 
 
 def test_where_compilation_fails_training_goes_on_and_says_why_in_one_line(trainer, monkeypatch):

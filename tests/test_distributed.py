@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from launch import (ROOT, SCRIPT, Trainer, assert_same, checkpoints, column, content_of, error_lines, records, runs_in,
+from launch import (ROOT, SCRIPT, assert_same, checkpoints, column, content_of, error_lines, records, runs_in,
                     snapshot, steps, torchrun, validations, write_shard)
 
 # Half of four micro-batches each; a last validation batch that only one process has, and it in part.
@@ -15,13 +15,6 @@ torch.set_default_dtype(torch.float64)
 import train_gpt2_mod
 sys.exit(train_gpt2_mod.main(sys.argv[1:]))
 """
-
-
-@pytest.fixture
-def trainer(tmp_path, capsys, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return Trainer(tmp_path, capsys)
 
 
 def assert_clean(result):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_gpt2_mod as script
-from launch import (ROOT, SCRIPT, Trainer, assert_same, checkpoints, column, content_of, records, snapshot, steps,
+from launch import (ROOT, SCRIPT, assert_same, checkpoints, column, content_of, records, snapshot, steps,
                     validations, write_data)
 
 spec = importlib.util.spec_from_file_location("sample", ROOT / "tools" / "sample.py")
@@ -29,13 +29,11 @@ CASES = {
 
 
 @pytest.fixture
-def trainer(tmp_path, capsys, monkeypatch):
+def trainer(trainer, monkeypatch):
     """Run ids count up, for a second has room for more than one run."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
     ids = iter(range(1000))
     monkeypatch.setattr(script, "new_run_id", lambda model: f"20260101-{next(ids):06d}-{model}-abcd")
-    return Trainer(tmp_path, capsys)
+    return trainer
 
 
 def repeatable(folder):

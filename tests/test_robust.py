@@ -9,14 +9,7 @@ import pytest
 import torch
 
 import train_gpt2_mod as script
-from launch import SCRIPT, Trainer, checkpoints, column, steps
-
-
-@pytest.fixture
-def trainer(tmp_path, capsys, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    return Trainer(tmp_path, capsys)
+from launch import SCRIPT, checkpoints, column, steps
 
 
 def files_of(folder):

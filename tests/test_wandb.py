@@ -6,20 +6,18 @@ import sys
 import pytest
 from wandb.proto import wandb_internal_pb2
 
-from launch import Trainer, snapshot, steps, validations
+from launch import snapshot, steps, validations
 
 BLOCK, FIRST_HEADER, HEADER = 2**15, 7, 7  # bytes: of a block, of the file's own header, of a record's
 
 
 @pytest.fixture
-def trainer(tmp_path, capsys, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+def trainer(trainer, tmp_path, monkeypatch):
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb's own"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    return Trainer(tmp_path, capsys)
+    return trainer
 
 
 def read_wandb(path):
