@@ -34,6 +34,7 @@ import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,13 +43,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 GPT2_VOCAB_SIZE = 50257
 HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a number of heads
 HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matrix kernels like round shapes
+WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 16 bytes; float8 kernels refuse others
 NORM_EPS = 1e-6
 IGNORED = -1  # a target that counts neither in the loss nor in its mean
 LARGEST = 10**12  # of a whole number in the configuration: what is above it is a slip, and would overflow somewhere
@@ -60,6 +64,12 @@ GPU_PEAK_TFLOPS = {
     "B200": 2250.0, "GH200": 989.4, "H200 NVL": 835.5, "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.5,
     "H100": 989.4, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0, "A10": 125.0, "RTX 5090": 209.5,
     "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71.0, "RTX 3080": 59.5,
+}
+
+
+# --attention: name -> torch's kernels of scaled_dot_product_attention; none: as torch has them.
+ATTENTION_KERNELS = {
+    "auto": [], "flash": [SDPBackend.FLASH_ATTENTION], "cudnn": [SDPBackend.CUDNN_ATTENTION], "math": [SDPBackend.MATH],
 }
 
 
@@ -79,12 +89,13 @@ class DivergedError(RuntimeError):
 # Config: three dataclasses are the one source of flags, defaults, help and validation
 
 
-def option(default, help, *, choices=None, aliases=(), rebuilds=True, parse=None):
+def option(default, help, *, choices=None, aliases=(), switches=None, rebuilds=True, parse=None):
     """A dataclass field with what its flag needs. `choices` may be a function, for registries that stand further down;
-    `rebuilds` says, for a field of GPTConfig, whether another value makes another network."""
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, choices=choices, aliases=aliases, rebuilds=rebuilds, parse=parse)
-    )
+    `switches` are flags without a value that set one, flag -> value; `rebuilds` says, for a field of GPTConfig, whether
+    another value makes another network."""
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, choices=choices, aliases=aliases, switches=switches or {}, rebuilds=rebuilds, parse=parse
+    ))
 
 
 def number(text):
@@ -101,8 +112,9 @@ def require(condition, message):
 
 
 def unknown_choice(name, value, choices):
-    close = difflib.get_close_matches(str(value), choices or (), 1)
-    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(choices or ())}"
+    close = difflib.get_close_matches(str(value), choices, 1)
+    listed = f"choose one of {', '.join(choices)}" if len(choices) < 12 else "--help lists them"
+    hint = f"did you mean {close[0]}?" if close else listed
     return f"{name}={value} is not known; {hint}"
 
 
@@ -111,7 +123,8 @@ def check_fields(config):
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), f.metadata["choices"]
         choices = choices() if callable(choices) else choices
-        require(not choices or value in choices, unknown_choice(f.name, value, choices))
+        if choices and value not in choices:
+            raise ConfigError(unknown_choice(f.name, value, choices))
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             require(math.isfinite(value) and value >= 0, f"{f.name}={value} must be a finite number of at least 0")
             limit = LARGEST if isinstance(value, int) else torch.finfo(torch.float32).max
@@ -120,53 +133,116 @@ def check_fields(config):
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The network. A resumed run keeps it, but for the precision and MTP's weight and ramp, which rebuild nothing."""
+    """The network. Resumed or continued from, it stays what it is, but for the fields that rebuild nothing."""
 
     vocab_size: int = option(GPT2_VOCAB_SIZE, "number of token ids (unset: what the shards say)")
     n_layer: int = option(12, "number of blocks", aliases=("n_layers",))
     n_head: int = option(12, "query heads (unset with --n_embd typed: heads of size 64)", aliases=("n_heads",))
     n_kv_head: int = option(0, "key/value heads, a divisor of n_head; 0: as many as n_head", aliases=("n_kv_heads",))
     n_embd: int = option(768, "width of the residual stream", aliases=("d_model",))
-    mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
-    mlp_expansion_factor: float = option(4.0, "MLP hidden width as a multiple of n_embd; 8/3 is allowed", parse=number)
+    tie_embeddings: bool = option(True, "give the head a matrix of its own")
+    bias: bool = option(False, "biases in the linear layers of the blocks, and in LayerNorms with weights")
+    dropout: float = option(0.0, "share dropped of embeddings, attention weights and blocks' outputs", rebuilds=False)
+    norm: str = option(
+        "rmsnorm", "kind of the norms before each part", choices=("rmsnorm", "layernorm"),
+        switches=dict(use_rmsnorm="rmsnorm"),
+    )
+    norm_weights: bool = option(False, "weights in the norms before each part")
+    norm_eps: float = option(NORM_EPS, "what the norms before each part add to the mean square")
     post_norm: bool = option(False, "normalise also what attention and MLP add to the residual stream")
+    position: str = option(
+        "rope", "how a token's position is told", choices=("rope", "learned"), switches=dict(use_rope="rope")
+    )
+    rope_base: float = option(10000.0, "base of the rotary frequencies")
+    n_positions: int = option(1024, "learned positions, the longest sequence there is with them")
+    mixer: str = option("attention", "what mixes positions; latent is MLA", choices=lambda: tuple(mixers))
+    kv_rank: int = option(256, "width of the latent from which MLA makes keys and values")
+    rope_head_dim: int = option(32, "rotary part of MLA's heads, beside n_embd / n_head without position")
     qk_norm: bool = option(False, "RMSNorm of queries and keys over the head size, before RoPE")
     window: int = option(0, "tokens a query sees, its own included; 0: all before it")
-    rope_base: float = option(10000.0, "base of the rotary frequencies")
+    scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
+    mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
+    mlp_expansion_factor: float = option(4.0, "MLP hidden width as a multiple of n_embd; 8/3 is allowed", parse=number)
+    ffn_hidden: int = option(0, "MLP hidden width; 0: from mlp_expansion_factor")
+    init_std: float = option(
+        0.0, "std of the initial matrices, those into the stream / sqrt(2 n_layer); 0: uniform in +-1/sqrt(fan_in)",
+        rebuilds=False,
+    )
     mtp_enabled: bool = option(False, "multi-token prediction: an auxiliary loss on targets 2..mtp_max_steps")
+    mtp_heads: str = option(
+        "shared", "what predicts targets 2..mtp_max_steps: the logits themselves, or a block each",
+        choices=("shared", "separate"),
+    )
     mtp_max_steps: int = option(2, "furthest token ahead that the auxiliary loss predicts")
     mtp_weight: float = option(0.1, "weight of the auxiliary loss", rebuilds=False)
     mtp_rampup_steps: int = option(64, "steps over which mtp_weight rises linearly from 0", rebuilds=False)
+    loss_clamp: float = option(0.0, "cap on a token's loss in nats while training; 0: none", rebuilds=False)
+    gradient_checkpointing: bool = option(
+        False, "keep only the blocks' inputs and run each block again in the backward pass: less memory, more time",
+        aliases=("use_gradient_checkpointing",), rebuilds=False,
+    )
     precision: str = option(
         "bf16", "what matrix products compute in (unset: bf16 on CUDA that has it, else fp32)",
-        choices=("fp32", "bf16", "fp16"), rebuilds=False,
+        choices=("fp32", "bf16", "fp16", "fp8"), switches=dict(use_fp8="fp8", use_amp="amp"), rebuilds=False,
     )
 
     def __post_init__(self):
         check_fields(self)
-        if self.n_kv_head == 0:
-            object.__setattr__(self, "n_kv_head", self.n_head)
-        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "mtp_max_steps"):
+        for name in ("vocab_size", "n_layer", "n_head", "n_embd", "mtp_max_steps", "kv_rank", "n_positions"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; "
-                f"try n_embd {nearest_multiples(self.n_embd, self.n_head)}")
-        require(self.head_dim % 2 == 0, f"n_embd={self.n_embd} with n_head={self.n_head} gives head size "
-                f"{self.head_dim}; rotary embeddings need an even one: try n_embd {2 * self.n_embd} or half the heads")
-        divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
-        require(self.n_kv_head in divisors, f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}; "
-                f"try one of {', '.join(map(str, divisors))}")
+        self.settle("n_kv_head", self.n_kv_head or self.n_head)
         hidden = self.mlp_expansion_factor * self.n_embd
         require(1 <= hidden < 2**31, f"mlp_expansion_factor={self.mlp_expansion_factor} gives the MLP {hidden:g} "
                 "hidden units; 4 is usual")
+        if self.ffn_hidden in (0, hidden_width(self.mlp_expansion_factor, self.n_embd)):
+            self.settle("ffn_hidden", hidden_width(self.mlp_expansion_factor, self.n_embd))
+        else:
+            self.settle("mlp_expansion_factor", self.ffn_hidden / self.n_embd)
+        require(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; "
+                f"try n_embd {nearest_multiples(self.n_embd, self.n_head)}")
+        divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
+        require(self.n_kv_head in divisors, f"n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}; "
+                f"try one of {', '.join(map(str, divisors))}")
+        self.check_positions()
+        require(self.dropout < 1, f"dropout={self.dropout} must be below 1; 0.1 is usual")
+        require(not (self.dropout and self.window), f"dropout={self.dropout} with window={self.window}: the windowed "
+                "kernel has no dropout; drop one of the two")
+        require(0 < self.norm_eps < 1, f"norm_eps={self.norm_eps} must be above 0 and below 1; 1e-6 is usual")
+        require(self.init_std < 1, f"init_std={self.init_std} must be below 1; 0.02 is usual")
+        chance = math.log(self.vocab_size)
+        require(self.loss_clamp == 0 or self.loss_clamp > chance, f"loss_clamp={self.loss_clamp} is not above the loss "
+                f"at the start, ln(vocab_size) = {chance:.2f}, so nothing would be learned; type more, or 0 for none")
+
+    def check_positions(self):
+        latent, learned = self.mixer == "latent", self.position == "learned"
+        require(not (latent and learned), "mixer=latent with position=learned: MLA's heads have a rotary part; drop "
+                "one of the two")
+        require(not latent or self.n_kv_head == self.n_head, f"mixer=latent with n_kv_head={self.n_kv_head}: MLA makes "
+                f"keys and values for all n_head={self.n_head} heads from one latent; drop one of the two")
+        require(not latent or (self.rope_head_dim > 0 and self.rope_head_dim % 2 == 0),
+                f"rope_head_dim={self.rope_head_dim} must be even and at least 2; 32 is usual")
+        require(latent or learned or self.head_dim % 2 == 0, f"n_embd={self.n_embd} with n_head={self.n_head} gives "
+                f"head size {self.head_dim}; rotary embeddings need an even one: try n_embd {2 * self.n_embd} or half "
+                "the heads")
         require(self.rope_base > 1, f"rope_base={self.rope_base} must be above 1; 10000 is usual")
+        for name, used, remedy in (("rope_base", not learned, "position rope"), ("kv_rank", latent, "mixer latent"),
+                                   ("rope_head_dim", latent, "mixer latent"),
+                                   ("n_positions", learned, "position learned")):
+            value = getattr(self, name)
+            require(used or value == getattr(GPTConfig, name), f"{name}={value} would be ignored; add --{remedy}")
+
+    def settle(self, name, value):
+        """Set a field while the config is made."""
+        object.__setattr__(self, name, value)
 
     @property
     def head_dim(self):
         return self.n_embd // self.n_head
 
     @property
-    def ffn_hidden(self):
-        return int(self.mlp_expansion_factor * self.n_embd)
+    def rotary_dim(self):
+        """Dimensions of a head that are rotated."""
+        return self.rope_head_dim if self.mixer == "latent" else self.head_dim
 
     @property
     def gqa_enabled(self):
@@ -180,6 +256,11 @@ class GPTConfig:
     def network(self):
         """The fields that make the network what it is, as a dict."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["rebuilds"]}
+
+
+def hidden_width(factor, n_embd):
+    """int(factor * n_embd) of the true factor: a product that rounding left just below a whole number counts as it."""
+    return int(factor * n_embd + 1e-6)
 
 
 def nearest_multiples(value, of):
@@ -202,9 +283,14 @@ class TrainConfig:
         aliases=("grad_accum_steps", "gradient_accumulation_steps"),
     )
     num_iterations: int = option(1000, "optimizer steps")
-    learning_rate: float = option(6e-4, "learning rate between warm-up and warm-down")
+    learning_rate: float = option(6e-4, "learning rate after the warm-up, the highest")
+    schedule: str = option(
+        "linear", "the learning rate after its warm-up: constant with a linear warm-down, or half a cosine",
+        choices=lambda: tuple(schedules),
+    )
     warmup_iters: int = option(0, "steps of linear warm-up from 0")
-    warmdown_iters: int = option(0, "last steps, of linear warm-down to 0")
+    warmdown_iters: int = option(0, "last steps of the linear schedule, of warm-down to its end")
+    min_lr_fraction: float = option(0.0, "where the schedule ends, as a share of learning_rate")
     weight_decay: float = option(0.1, "AdamW's decoupled weight decay, on matrices only")
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean")
     beta2: float = option(0.95, "AdamW's decay of the gradient's square")
@@ -220,6 +306,12 @@ class TrainConfig:
     log_every: int = option(10, "steps between lines on the console (the log file and metrics.jsonl have every step)")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     compile: bool = option(None, "torch.compile the model (unset: on CUDA)", aliases=("use_compile",))
+    compile_mode: str = option(
+        "default", "how long torch.compile may search for speed; reduce-overhead takes CUDA graphs",
+        choices=("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"),
+    )
+    attention: str = option("auto", "kernel of full attention; auto: torch's choice", choices=tuple(ATTENTION_KERNELS))
+    empty_cache_every: int = option(0, "steps between returns of unused memory to the GPU (CUDA, MPS); 0: never")
     log_wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = option("train_gpt2_mod", "project for --log_wandb")
 
@@ -230,6 +322,14 @@ class TrainConfig:
         for name in counts:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         fits = self.warmup_iters + self.warmdown_iters <= self.num_iterations
+        require(self.schedule == "linear" or not self.warmdown_iters, f"warmdown_iters={self.warmdown_iters} would be "
+                f"ignored: schedule={self.schedule} falls from the warm-up to the end; drop one of the two")
+        require(self.min_lr_fraction <= 1, f"min_lr_fraction={self.min_lr_fraction} must be at most 1; 0.1 is usual")
+        counts = self.schedule != "linear" or self.warmdown_iters or not self.min_lr_fraction
+        require(counts, f"min_lr_fraction={self.min_lr_fraction} would be ignored: nothing falls; add --warmdown_iters "
+                "or --schedule cosine")
+        require(self.compile is not False or self.compile_mode == "default", f"compile_mode={self.compile_mode} would "
+                "be ignored; drop it or --no_compile")
         require(fits, f"warmup_iters={self.warmup_iters} + warmdown_iters={self.warmdown_iters} must not exceed "
                 f"num_iterations={self.num_iterations}; shorten them or train longer")
         require(self.input_val_bin or not self.target_val_loss, f"target_val_loss={self.target_val_loss} needs a "
@@ -250,6 +350,8 @@ class Shorthand:
 
     resume: str = option("", "go on from a checkpoint or a run's folder; auto: the newest in --output_dir, of the "
                          "network typed, if any")
+    init_from: str = option("", "start with the weights of a checkpoint, or of a file that tools/hf.py imported")
+    dry_run: bool = option(False, "say what the run would be, its parameters, FLOPs, memory and hours, and stop")
     gqa_enabled: bool = option(False, "grouped-query attention: kv_head_ratio 0.25, embd_scale 1.12 unless typed")
     kv_head_ratio: float = option(0.25, "key/value heads as a share of the query heads, rounded down to a divisor")
     embd_scale: float = option(1.0, "widen n_embd by this factor, to a head size that is a multiple of 8", parse=number)
@@ -258,6 +360,14 @@ class Shorthand:
 
 # Presets are what differs from GPTConfig's defaults, which are d12's.
 HYBRID = dict(post_norm=True, qk_norm=True)
+GPT2 = dict(  # Radford et al. 2019, as published: github.com/openai/gpt-2
+    norm="layernorm", norm_weights=True, norm_eps=1e-5, position="learned", bias=True, mlp="gelu_tanh", dropout=0.1,
+    scale_attention=False, init_std=0.02,
+)
+SIZED = dict(  # Llama's parts (Touvron et al. 2023, arXiv:2302.13971, section 2.2), tied, with grouped queries
+    vocab_size=32768, norm_weights=True, mlp="swiglu", mlp_expansion_factor=8 / 3, n_kv_head=4, scale_attention=False,
+    init_std=0.02,
+)
 base_configs: dict[str, dict[str, Any]] = {
     "d12": dict(),
     "d12_mlp3x": dict(n_head=13, n_embd=832, mlp_expansion_factor=3.0, **HYBRID),
@@ -273,6 +383,21 @@ base_configs: dict[str, dict[str, Any]] = {
     "d24": dict(n_layer=24, n_head=16, n_embd=1024),
     "d36": dict(n_layer=36, n_head=20, n_embd=1280),
     "d48": dict(n_layer=48, n_head=25, n_embd=1600),
+    "d12_mla": dict(mixer="latent", **HYBRID),
+    "gpt2": dict(**GPT2),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, **GPT2),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, **GPT2),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, **GPT2),
+    "sized": dict(**SIZED),
+    "sized_small": dict(ffn_hidden=2560, **SIZED),
+    "sized_current": dict(n_layer=32, ffn_hidden=2048, **SIZED),
+    "sized_medium_deep": dict(n_layer=20, ffn_hidden=2304, **SIZED),
+    "sized_wide_shallow": dict(n_head=16, n_embd=1024, ffn_hidden=2730, **SIZED),
+    "sized_medium": dict(n_layer=24, n_head=16, n_embd=1024, ffn_hidden=4096, **SIZED),
+    "sized_16_layers": dict(n_layer=16, ffn_hidden=2304, **SIZED),
+    "sized_24_layers": dict(n_layer=24, ffn_hidden=2048, **SIZED),
+    "sized_40_layers": dict(n_layer=40, ffn_hidden=1792, **SIZED),
+    "sized_16gb": dict(ffn_hidden=2048, **SIZED),
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "mini": dict(n_layer=6, n_head=6, n_embd=384),
 }
@@ -284,10 +409,11 @@ class Machine(NamedTuple):
     world_size: int
     device_type: str
     has_bf16: bool
-    vocab_size: int  # of the shards
+    has_fp8: bool
+    vocab_size: int = 0  # of the shards; 0: they are not looked at
 
 
-ANY_MACHINE = Machine(world_size=1, device_type="cuda", has_bf16=True, vocab_size=GPT2_VOCAB_SIZE)
+ANY_MACHINE = Machine(world_size=1, device_type="cuda", has_bf16=True, has_fp8=True)
 
 # From flags to a configuration: an ordered list of pure rules. Each takes the fields known so far, what was typed and
 # the machine, and gives the fields it sets and a note for the log. A rule acts only on what was typed or is still
@@ -304,6 +430,11 @@ def rule_heads_of_width(fields, typed, machine):
     return dict(n_head=width // HEAD_DIM), f"n_head={width // HEAD_DIM}: heads of size {HEAD_DIM} for n_embd={width}"
 
 
+def largest_divisor(number, limit):
+    """The largest divisor of a number that is at most the limit, and at least 1."""
+    return next(k for k in range(max(1, int(limit)), 0, -1) if number % k == 0)
+
+
 def rule_kv_heads(fields, typed, machine):
     n_head = fields["n_head"]
     wanted = typed.get("gqa_enabled", False)
@@ -314,10 +445,14 @@ def rule_kv_heads(fields, typed, machine):
                 f"not n_kv_head={kept}; drop one of the two flags")
         return {}, None
     if "kv_head_ratio" not in typed and (not wanted or 0 < fields["n_kv_head"] < n_head):
-        return {}, None
+        kept = fields["n_kv_head"]
+        if kept == 0 or n_head % kept == 0 or not typed.keys() & {"n_embd", "n_head"}:
+            return {}, None
+        fitting = largest_divisor(n_head, kept)
+        return dict(n_kv_head=fitting), f"n_kv_head={fitting}: the largest divisor of n_head={n_head} up to {kept}"
     ratio = typed.get("kv_head_ratio", Shorthand.kv_head_ratio)
     require(0 < ratio <= 1, f"kv_head_ratio={ratio} must be above 0 and at most 1")
-    n_kv_head = next(k for k in range(max(1, int(n_head * ratio)), 0, -1) if n_head % k == 0)
+    n_kv_head = largest_divisor(n_head, n_head * ratio)
     require(not wanted or n_kv_head < n_head, f"kv_head_ratio={ratio} leaves all {n_head} key/value heads, "
             "which is not what gqa_enabled asks for; lower the ratio or drop the flag")
     return dict(n_kv_head=n_kv_head), f"n_kv_head={n_kv_head}: {ratio:g} of n_head={n_head}"
@@ -334,6 +469,15 @@ def rule_embd_scale(fields, typed, machine):
     return dict(n_embd=n_head * head_dim), note
 
 
+def rule_ffn_hidden(fields, typed, machine):
+    if "mlp_expansion_factor" not in typed or not fields["ffn_hidden"]:
+        return {}, None
+    hidden = hidden_width(typed["mlp_expansion_factor"], fields["n_embd"])
+    require(typed.get("ffn_hidden", hidden) == hidden, f"ffn_hidden={fields['ffn_hidden']} is not mlp_expansion_factor="
+            f"{typed['mlp_expansion_factor']:g} times n_embd={fields['n_embd']}; drop one of the two flags")
+    return dict(ffn_hidden=0), None
+
+
 def rule_mtp(fields, typed, machine):
     ignored = [name for name in typed if name.startswith("mtp_") and name != "mtp_enabled"]
     require(fields["mtp_enabled"] or not ignored, f"{', '.join(ignored)} without mtp_enabled would be ignored; "
@@ -341,20 +485,48 @@ def rule_mtp(fields, typed, machine):
     return {}, None
 
 
+def rule_positions(fields, typed, machine):
+    length, positions = fields["sequence_length"], fields["n_positions"]
+    require(fields["position"] == "rope" or length <= positions, f"sequence_length={length} is longer than the "
+            f"n_positions={positions} that are learned; lower it, or add --position rope")
+    return {}, None
+
+
 def rule_precision(fields, typed, machine):
-    if "precision" not in fields:
-        bf16 = machine.device_type == "cuda" and machine.has_bf16
-        return dict(precision="bf16" if bf16 else "fp32"), None
-    need_cuda = fields["precision"] == "fp16" and machine.device_type != "cuda"
-    require(not need_cuda, f"precision=fp16 needs CUDA, and this run is on {machine.device_type}; use bf16 or fp32")
+    cuda, wanted = machine.device_type == "cuda", fields.get("precision")
+    if wanted is None:
+        return dict(precision="bf16" if cuda and machine.has_bf16 else "fp32"), None
+    if wanted == "amp":
+        return dict(precision="fp16" if cuda and not machine.has_bf16 else "bf16"), None
+    require(wanted != "fp16" or cuda, f"precision=fp16 needs CUDA, and this run is on {machine.device_type}; use bf16 "
+            "or fp32")
+    require(wanted != "fp8" or machine.has_fp8, "precision=fp8 needs a GPU with float8 matrix products (compute "
+            "capability 8.9 or more: Ada, Hopper, Blackwell), which this one is not; use bf16")
+    return {}, None
+
+
+def rule_kernels(fields, typed, machine):
+    """Flags about kernels that this run would not use."""
+    cuda = machine.device_type == "cuda"
+    kernel, mode = fields["attention"], typed.get("compile_mode", "default")
+    require(kernel == "auto" or not fields["window"], f"attention={kernel} would be ignored: window={fields['window']} "
+            "has a kernel of its own; drop one of the two")
+    require(cuda or kernel in ("auto", "math"), f"attention={kernel} needs CUDA, and this run is on "
+            f"{machine.device_type}; drop it")
+    require(mode == "default" or cuda or fields["compile"], f"compile_mode={mode} would be ignored: on "
+            f"{machine.device_type} nothing is compiled unless you add --compile")
+    require(not typed.get("empty_cache_every") or machine.device_type != "cpu", "empty_cache_every would be ignored: "
+            "a CPU keeps no such cache; drop it")
     return {}, None
 
 
 def rule_vocabulary(fields, typed, machine):
-    size = fields.get("vocab_size", machine.vocab_size)
-    require(size == machine.vocab_size, f"vocab_size={size} differs from the shards' vocabulary of "
-            f"{machine.vocab_size}; drop --vocab_size or name other shards")
-    return dict(vocab_size=size), None
+    preset, shards = fields.get("vocab_size", GPT2_VOCAB_SIZE), machine.vocab_size
+    size = typed.get("vocab_size", shards or preset)
+    require(size == (shards or size), f"vocab_size={size} differs from the shards' vocabulary of {shards}; "
+            "drop --vocab_size or name other shards")
+    note = None if size == preset or "vocab_size" not in fields else f"vocab_size={size}: the shards', not {preset}"
+    return dict(vocab_size=size), note
 
 
 def rule_accumulation(fields, typed, machine):
@@ -388,8 +560,11 @@ RULES = (
     (rule_heads_of_width, ()),
     (rule_kv_heads, ("gqa_enabled", "kv_head_ratio")),
     (rule_embd_scale, ("embd_scale",)),
+    (rule_ffn_hidden, ()),
     (rule_mtp, ()),
+    (rule_positions, ()),
     (rule_precision, ()),
+    (rule_kernels, ()),
     (rule_vocabulary, ()),
     (rule_accumulation, ("total_batch_size",)),
 )
@@ -416,7 +591,7 @@ def resolve(typed, machine, base=None):
         require(name in base_configs, unknown_choice("model", name, base_configs))
         fields.update(network, **base_configs[name])
     fields.update(typed)
-    consumed, notes = {"resume", "tokens_per_step"}, []
+    consumed, notes = {"resume", "init_from", "dry_run", "tokens_per_step"}, []
     for rule, consumes in RULES:
         changes, note = rule(fields, typed, machine)
         fields.update(changes)
@@ -451,6 +626,9 @@ def make_parser():
             text = text.replace("%", "%%")
             names = (f.name, *f.metadata["aliases"])
             settings = dict(dest=f.name, help=text)
+            for switch, value in f.metadata["switches"].items():
+                group.add_argument(f"--{switch}", dest=f.name, action="store_const", const=value,
+                                   help=f"--{f.name} {value}")
             if f.type is not bool:
                 kind = f.metadata["parse"] or f.type
                 group.add_argument(*(f"--{n}" for n in names), type=kind, metavar=f.type.__name__.upper(), **settings)
@@ -512,9 +690,11 @@ class World:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    def machine(self, vocab_size):
-        bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return Machine(self.size, self.device.type, bf16, vocab_size)
+    def machine(self, vocab_size=0):
+        cuda = self.device.type == "cuda"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9)
+        return Machine(self.size, self.device.type, bf16, fp8, vocab_size)
 
     def __enter__(self):
         if self.size > 1:
@@ -567,6 +747,11 @@ class World:
         """Wait until the device has done all that was asked of it."""
         if self.device.type in ("cuda", "mps"):
             getattr(torch, self.device.type).synchronize()
+
+    def empty_cache(self):
+        """Return the memory that torch keeps for later to the GPU."""
+        if self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).empty_cache()
 
     def peak_memory_mb(self):
         """Peak memory of this process in MiB: of the device where it keeps count, else resident on the host."""
@@ -762,8 +947,8 @@ def start_wandb(wandb, run, run_id, settings, folder):
 class Context(NamedTuple):
     """What every mixer of one forward pass shares."""
 
-    cos: torch.Tensor  # (T, D/2)
-    sin: torch.Tensor  # (T, D/2)
+    cos: Any  # (T, D/2); None where positions are learned
+    sin: Any  # (T, D/2)
     mask: Any  # None: causal; else (T, T), True where a query (row) may look, or FlexAttention's BlockMask
 
 
@@ -773,8 +958,53 @@ def norm(x):
 
 
 class Norm(nn.Module):
+    """RMSNorm, or LayerNorm (Ba et al. 2016, arXiv:1607.06450), over the last dimension. The weights, `width` of them,
+    are none with width 0; `bias` counts for a LayerNorm with weights."""
+
+    def __init__(self, kind="rmsnorm", width=0, bias=False, eps=NORM_EPS):
+        super().__init__()
+        self.kind, self.eps = kind, eps
+        self.weight = nn.Parameter(torch.ones(width)) if width else None
+        self.bias = nn.Parameter(torch.zeros(width)) if width and bias and kind == "layernorm" else None
+
     def forward(self, x):
-        return norm(x)
+        if self.kind == "layernorm":
+            return F.layer_norm(x, (x.size(-1),), self.weight, self.bias, self.eps)
+        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+def make_norm(config):
+    """The norm that stands before attention, MLP and head."""
+    return Norm(config.norm, config.n_embd if config.norm_weights else 0, config.bias, config.norm_eps)
+
+
+def pad_to(x, columns, rows=1):
+    """x with zeros up to a multiple of `columns` in the last dimension and of `rows` in the one before."""
+    padding = (0, -x.size(-1) % columns, 0, -x.size(-2) % rows)
+    return F.pad(x, padding) if any(padding) else x
+
+
+class Linear(nn.Linear):
+    """The linear layers of the blocks: the product of the precision asked for, at widths that CUDA's kernels do well.
+
+    Weights keep their true shape. Where it is not a multiple of WIDTH_MULTIPLE (float8: FLOAT8_MULTIPLE) the product is
+    padded with zeros and its result sliced, which changes neither values nor gradients; a compiler fuses both.
+    """
+
+    def __init__(self, config, fan_in, fan_out):
+        super().__init__(fan_in, fan_out, bias=config.bias)
+        self.fp8 = config.precision == "fp8"
+
+    def forward(self, x):
+        return self.parts(x, 1)[0]
+
+    def parts(self, x, count):
+        """The result (..., fan_out) cut into `count` parts of equal width, each padded by itself."""
+        multiple = FLOAT8_MULTIPLE if self.fp8 else WIDTH_MULTIPLE if x.is_cuda else 1  # CPU kernels gain nothing
+        weight = pad_to(self.weight.unflatten(0, (count, -1)), multiple, multiple).flatten(0, 1)
+        bias = None if self.bias is None else pad_to(self.bias.view(count, -1), multiple).flatten()
+        y = linear(pad_to(x, multiple), weight, bias, self.fp8)
+        return [part[..., : self.out_features // count] for part in y.chunk(count, dim=-1)]
 
 
 class Rotary(nn.Module):
@@ -799,7 +1029,10 @@ class Rotary(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotate the pairs (x[d], x[d + D/2]) of x (B, T, heads, D) by the angles: the half-split layout of Llama."""
+    """Rotate the pairs (x[d], x[d + D/2]) of x (B, T, heads, D) by the angles: the half-split layout of Llama. Without
+    angles x stays: learned positions are in it."""
+    if cos is None:
+        return x
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # for all heads
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -823,10 +1056,13 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.window = config.window
+        self.window, self.dropout = config.window, config.dropout
         self.qk_norm = Norm() if config.qk_norm else nn.Identity()
-        self.c_attn = nn.Linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim, bias=False)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.make_projections(config)
+        self.c_proj = Linear(config, config.n_embd, config.n_embd)
+
+    def make_projections(self, config):
+        self.c_attn = Linear(config, config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
 
     def qkv(self, x, ctx):
         """(B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), q and k normalised (if so configured) and rotated."""
@@ -841,7 +1077,8 @@ class CausalSelfAttention(nn.Module):
         """Softmax attention, (B, H, T, D) from q, k, v; query head h uses key/value head h // (H / K)."""
         grouped = self.n_kv_head < self.n_head
         if mask is None or isinstance(mask, torch.Tensor):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout * self.training,
+                                                  is_causal=mask is None, enable_gqa=grouped)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
 
     def out(self, y):
@@ -857,16 +1094,54 @@ class CausalSelfAttention(nn.Module):
         return 12 * self.n_head * self.head_dim * min(T, self.window or T)
 
 
+class LatentAttention(CausalSelfAttention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, sections 2.1.2 and 2.1.3): keys and values of all
+    heads come from one latent of width kv_rank, and beside them each head has a part of R = rope_head_dim dimensions
+    that is rotated, its key shared by all heads. Queries are not compressed, and the latent is not normalised."""
+
+    def make_projections(self, config):
+        self.kv_rank, self.rope_head_dim = config.kv_rank, config.rope_head_dim
+        self.c_q = Linear(config, config.n_embd, config.n_head * (config.head_dim + config.rope_head_dim))
+        self.c_down = Linear(config, config.n_embd, config.kv_rank + config.rope_head_dim)
+        self.c_up = Linear(config, config.kv_rank, 2 * config.n_head * config.head_dim)
+
+    def qkv(self, x, ctx):
+        """(B, T, C) -> q and k (B, H, T, D + R), v (B, H, T, D); each of the two parts normalised by itself."""
+        B, T, _ = x.shape
+        D, R, H = self.head_dim, self.rope_head_dim, self.n_head
+        latent, k_rotary = self.c_down(x).split((self.kv_rank, R), dim=-1)
+        k, v = self.c_up(latent).view(B, T, H, 2 * D).chunk(2, dim=-1)
+        q, q_rotary = self.c_q(x).view(B, T, H, D + R).split((D, R), dim=-1)
+        q_rotary, k_rotary = (rotate(self.qk_norm(z), ctx.cos, ctx.sin).type_as(v)
+                              for z in (q_rotary, k_rotary.unsqueeze(2)))
+        q = torch.cat((self.qk_norm(q).type_as(v), q_rotary), dim=-1)
+        k = torch.cat((self.qk_norm(k).type_as(v), k_rotary.expand(-1, -1, H, -1)), dim=-1)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def flops(self, T):
+        return 6 * self.n_head * (2 * self.head_dim + self.rope_head_dim) * min(T, self.window or T)
+
+
+mixers = {"attention": CausalSelfAttention, "latent": LatentAttention}
+
+activations = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),  # GPT-2's
+    "relu2": lambda x: F.relu(x).square(),  # So et al. 2021, arXiv:2109.08668, section 4.2
+}
+
+
 class MLP(nn.Module):
-    """(B, T, C) -> (B, T, C) through ffn_hidden GELUs (exact, as in torch's default)."""
+    """(B, T, C) -> (B, T, C) through ffn_hidden units of one of the activations."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.ffn_hidden, bias=False)
-        self.c_proj = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
+        self.activation = activations[config.mlp]
+        self.c_fc = Linear(config, config.n_embd, config.ffn_hidden)
+        self.c_proj = Linear(config, config.ffn_hidden, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class SwiGLUMLP(nn.Module):
@@ -875,78 +1150,119 @@ class SwiGLUMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 2 * config.ffn_hidden, bias=False)
-        self.c_proj = nn.Linear(config.ffn_hidden, config.n_embd, bias=False)
+        self.c_fc = Linear(config, config.n_embd, 2 * config.ffn_hidden)
+        self.c_proj = Linear(config, config.ffn_hidden, config.n_embd)
 
     def forward(self, x):
-        gate, up = self.c_fc(x).chunk(2, dim=-1)
+        gate, up = self.c_fc.parts(x, 2)
         return self.c_proj(F.silu(gate) * up)
 
 
-mlps = {"gelu": MLP, "swiglu": SwiGLUMLP}
+mlps = {"gelu": MLP, "gelu_tanh": MLP, "relu2": MLP, "swiglu": SwiGLUMLP}
 
 
 class Block(nn.Module):
     """x + s norm(attention(norm(x))), then x + norm(mlp(norm(x))), the outer norms only with post_norm. The scale
-    s = 1/sqrt(2 n_layer) is on attention alone, as in the trainer of the NoCap benchmark."""
+    s = 1/sqrt(2 n_layer), off by scale_attention, is on attention alone, as in the trainer of the NoCap benchmark."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.attn = CausalSelfAttention(config, layer)
+        self.ln_1, self.ln_2 = make_norm(config), make_norm(config)
+        self.attn = mixers[config.mixer](config, layer)
         self.mlp = mlps[config.mlp](config)
         self.attn_norm = Norm() if config.post_norm else nn.Identity()
         self.mlp_norm = Norm() if config.post_norm else nn.Identity()
-        self.attn_scale = 1 / math.sqrt(2 * config.n_layer)
+        self.attn_scale = 1 / math.sqrt(2 * config.n_layer) if config.scale_attention else 1.0
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(self, x, ctx):
-        x = x + self.attn_scale * self.attn_norm(self.attn(norm(x), ctx))
-        return x + self.mlp_norm(self.mlp(norm(x)))
+        x = x + self.drop(self.attn_scale * self.attn_norm(self.attn(self.ln_1(x), ctx)))
+        return x + self.drop(self.mlp_norm(self.mlp(self.ln_2(x))))
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer with tied embeddings: token ids (B, T) -> logits (B, T, V) and loss.
+    """A decoder-only transformer: token ids (B, T) -> logits (B, T, V) and loss. Names of weights are GPT-2's.
 
-    Every matrix starts uniform in +-1/sqrt(fan_in), torch's default for a linear layer, the tied embedding included.
+    Every matrix starts uniform in +-1/sqrt(fan_in), torch's default for a linear layer, the embeddings included; with
+    init_std normal as GPT-2's (Radford et al. 2019, section 2.3), biases then 0.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.rotary = Rotary(config.head_dim, config.rope_base)
+        self.rotary = Rotary(config.rotary_dim, config.rope_base)
         blocks = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
         self.transformer = nn.ModuleDict(dict(wte=nn.Embedding(config.vocab_size, config.n_embd), h=blocks))
+        self.transformer["ln_f"] = make_norm(config)
+        if config.position == "learned":
+            self.transformer["wpe"] = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight
+        if config.tie_embeddings:
+            self.transformer.wte.weight = self.lm_head.weight
+        own = range(2, config.lookahead + 1) if config.mtp_heads == "separate" else ()
+        self.mtp_blocks = nn.ModuleDict({str(k): Block(config, config.n_layer) for k in own})
         # A buffer, not a number: a compiled graph reads its value at each call, so the ramp compiles nothing anew.
         self.register_buffer("mtp_weight_buffer", torch.tensor(config.mtp_weight), persistent=False)
+        self.start_weights()
 
-    def hidden(self, idx):
-        """(B, T) -> the normalised residual stream after the last block, (B, T, C)."""
+    @torch.no_grad()
+    def start_weights(self):
+        config = self.config
+        for table in (module for module in self.transformer.values() if isinstance(module, nn.Embedding)):
+            if table.weight is not self.lm_head.weight:
+                table.weight.uniform_(-(config.n_embd**-0.5), config.n_embd**-0.5)
+        if config.init_std == 0:
+            return
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
+                p.normal_(0.0, config.init_std * scale)
+            elif name.endswith("bias"):
+                p.zero_()
+
+    def embed(self, idx):
+        """(B, T) -> (B, T, C), and the Context of a sequence of T."""
+        T, learned = idx.size(1), self.config.position == "learned"
         x = self.transformer.wte(idx)
-        ctx = Context(*self.rotary(idx.size(1)), window_mask(idx.size(1), self.config.window, idx.device))
-        for block in self.transformer.h:
-            x = block(x, ctx)
-        return norm(x)
+        x = self.drop(x + self.transformer.wpe.weight[:T] if learned else x)
+        cos, sin = (None, None) if learned else self.rotary(T)
+        return x, Context(cos, sin, window_mask(T, self.config.window, idx.device))
+
+    def run_block(self, block, x, ctx):
+        if self.config.gradient_checkpointing and self.training:
+            return checkpoint(block, x, ctx, use_reentrant=False)
+        return block(x, ctx)
 
     def head(self, x):
-        """(B, T, C) -> logits (B, T, V or more). On CUDA the matrix is padded with zero rows to a round number of them,
-        whose logits are -inf: the loss and its gradient are those of V logits, without a copy that cuts them off."""
-        rows = self.config.vocab_size
-        padding = -rows % HEAD_ROWS_MULTIPLE if x.is_cuda else 0  # CPU kernels gain nothing
-        if padding == 0:
-            return self.lm_head(x)
-        logits = F.linear(x, F.pad(self.lm_head.weight, (0, 0, 0, padding)))
-        no_token = torch.arange(rows + padding, device=x.device) >= rows
+        """The stream (B, T, C), normalised, -> logits (B, T, V or more). On CUDA the matrix is padded with zero rows to
+        a round number of them, whose logits are -inf: the loss and its gradient are those of V logits, without a copy
+        that cuts them off."""
+        x, rows, fp8 = self.transformer.ln_f(x), self.config.vocab_size, self.config.precision == "fp8"
+        weight = pad_to(self.lm_head.weight, 1, HEAD_ROWS_MULTIPLE if x.is_cuda or fp8 else 1)
+        logits = linear(x, weight, None, fp8)
+        if logits.size(-1) == rows:
+            return logits
+        no_token = torch.arange(logits.size(-1), device=x.device) >= rows
         return logits + torch.zeros_like(no_token, dtype=logits.dtype).masked_fill(no_token, -math.inf)
 
     def forward(self, idx, targets_dict=None, return_logits=True, return_loss_components=False):
         """Token ids idx (B, T); targets_dict["target_k"] (B, T) holds the token k ahead of each position, IGNORED where
         there is none. Gives (logits, loss), either of them None where not asked for; with return_loss_components
-        (logits, (main_loss, aux_loss)), aux_loss None without MTP. Losses are means in nats."""
-        logits = self.head(self.hidden(idx))
-        loss = None
+        (logits, (main_loss, aux_loss)), aux_loss None without MTP. Losses are means in nats; while training, each
+        token's is at most loss_clamp."""
+        x, ctx = self.embed(idx)
+        for block in self.transformer.h:
+            x = self.run_block(block, x, ctx)
+        logits, loss = self.head(x), None
         if targets_dict is not None:
-            main, aux = loss_components(logits, targets_dict, self.config)
+
+            def logits_of(k):
+                """What is held against the target k ahead."""
+                block = self.mtp_blocks[str(k)] if str(k) in self.mtp_blocks else None
+                return logits if block is None else self.head(self.run_block(block, x, ctx))
+
+            main, aux = loss_components(logits_of, targets_dict, self.config, self.training)
             if return_loss_components:
                 loss = main, aux
             else:
@@ -957,13 +1273,72 @@ class GPT(nn.Module):
         """Parameters, the tied matrix counted once."""
         return sum(p.numel() for p in self.parameters())
 
+    def flops_by_part(self, T):
+        """FLOPs of a token of training, forward and backward, by part: 6 a weight of a matrix product, and attention's
+        own. The head's matrix counts once for each time that it is used."""
+        blocks = [*self.transformer.h, *self.mtp_blocks.values()]
+        weights = {part: sum(p.numel() for block in blocks for p in getattr(block, part).parameters())
+                   for part in ("attn", "mlp")}
+        return dict(
+            attention=6 * weights["attn"] + sum(block.attn.flops(T) for block in blocks), mlp=6 * weights["mlp"],
+            head=6 * self.lm_head.weight.numel() * (1 + len(self.mtp_blocks)),
+        )
+
     def flops_per_token(self, T):
         """FLOPs of a token of training, forward and backward: 6 a parameter and the attention's own, as PaLM counts."""
-        return 6 * self.parameter_count() + sum(block.attn.flops(T) for block in self.transformer.h)
+        return sum(self.flops_by_part(T).values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Numerics: autocast, the loss scaler, one optimizer step
+# Numerics: float8 products, autocast, the loss scaler, one optimizer step
+
+
+class Float8Product(torch.autograd.Function):
+    """x @ weight.T of x (M, K) and weight (N, K), all three sizes multiples of FLOAT8_MULTIPLE, in float8.
+
+    Scaling is dynamic, one scale a tensor; what is multiplied forward is e4m3, the gradient e5m2, sums are fp32
+    (Micikevicius et al. 2022, arXiv:2209.05433). Gives (M, N) in bf16, the weight's gradient in the weight's dtype.
+
+    Our own rather than torchao's, which exchanges nn.Linear modules of widths that are multiples of 16: the head is no
+    such module (padded, tied), some widths here are no such multiples, and each of its releases is for one of torch's.
+    """
+
+    @staticmethod
+    def scaled(x, dtype):
+        """x as float8, and what to multiply that by to have x again."""
+        largest = torch.finfo(dtype).max
+        scale = largest / x.detach().abs().amax().float().clamp(min=1e-12)
+        return (x * scale).clamp(-largest, largest).to(dtype).contiguous(), scale.reciprocal()
+
+    @staticmethod
+    def product(a, a_scale, b, b_scale, out_dtype, fast=False):
+        """a (M, K) @ b (N, K).T; both in rows, the one layout that Hopper's kernels take."""
+        return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=out_dtype, use_fast_accum=fast)
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        x8, x_scale = Float8Product.scaled(x, torch.float8_e4m3fn)
+        w8, w_scale = Float8Product.scaled(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        ctx.dtypes = x.dtype, weight.dtype
+        return Float8Product.product(x8, x_scale, w8, w_scale, torch.bfloat16, fast=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        dy8, scale = Float8Product.scaled(dy, torch.float8_e5m2)
+        dx = Float8Product.product(dy8, scale, w8.t().contiguous(), w_scale, torch.bfloat16)
+        dw = Float8Product.product(dy8.t().contiguous(), scale, x8.t().contiguous(), x_scale, torch.float32)
+        return dx.to(ctx.dtypes[0]), dw.to(ctx.dtypes[1])
+
+
+def linear(x, weight, bias, fp8):
+    """x (..., K) @ weight (N, K).T + bias -> (..., N), the product in float8 or as autocast has it."""
+    if not fp8:
+        return F.linear(x, weight, bias)
+    rows = x.flatten(0, -2)
+    y = Float8Product.apply(pad_to(rows, 1, FLOAT8_MULTIPLE), weight)[: rows.size(0)].unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias.type_as(y)
 
 
 class Numerics:
@@ -972,7 +1347,8 @@ class Numerics:
 
     def __init__(self, precision, device):
         self.device_type = device.type
-        self.dtype = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[precision]
+        dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16, fp8=torch.bfloat16)
+        self.dtype = dtypes[precision]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def autocast(self):
@@ -998,19 +1374,29 @@ class Numerics:
 # Loss
 
 
-def cross_entropy(logits, targets):
-    """Mean over the targets that are not IGNORED of -log softmax(logits)[target]; logits (B, T, V), targets (B, T)."""
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+def cross_entropy(logits, targets, cap=0.0):
+    """Mean over the targets that are not IGNORED of -log softmax(logits)[target], each at most `cap` (0: any);
+    logits (B, T, V), targets (B, T). A token at the cap has no gradient."""
+    logits, targets = logits.flatten(0, 1), targets.flatten()
+    if cap == 0:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED)
+    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
+    return losses.clamp(max=cap).sum() / (targets != IGNORED).sum()
 
 
-def loss_components(logits, targets_dict, config):
-    """Next-token loss, and with MTP the mean of the losses of the same logits against the targets 2..mtp_max_steps
-    (else None). Simpler than Gloeckle et al. 2024 (arXiv:2404.19737), who give each offset its own head."""
-    main = cross_entropy(logits, targets_dict["target_1"])
+def loss_components(logits_of, targets_dict, config, training=False):
+    """Next-token loss, and with MTP the mean of the losses of logits_of(k) against target k, for k from 2 to
+    mtp_max_steps (else None). The cap counts only while training.
+
+    With mtp_heads separate this is Gloeckle et al. 2024 (arXiv:2404.19737, section 2), the trunk's last block being the
+    first head; shared, the next token's logits stand for all offsets, which costs next to nothing.
+    """
+    cap = config.loss_clamp if training else 0.0
+    main = cross_entropy(logits_of(1), targets_dict["target_1"], cap)
     if not (config.mtp_enabled and config.mtp_max_steps > 1 and config.mtp_weight > 0):
         return main, None
     offsets = range(2, config.mtp_max_steps + 1)
-    return main, sum(cross_entropy(logits, targets_dict[f"target_{k}"]) for k in offsets) / len(offsets)
+    return main, sum(cross_entropy(logits_of(k), targets_dict[f"target_{k}"], cap) for k in offsets) / len(offsets)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1034,11 +1420,25 @@ class Plan(NamedTuple):
     mtp_weight: float
 
 
-def plan(step, config, run):
-    """The values of step number `step`, counted from 0: linear warm-up, constant, linear warm-down; MTP's ramp."""
-    rising = (step + 1) / run.warmup_iters if step < run.warmup_iters else 1.0
+def linear_schedule(step, run):
+    """1, and over the last warmdown_iters steps linearly down to 0 where the run ends."""
     left = run.num_iterations - step
-    falling = left / run.warmdown_iters if left < run.warmdown_iters else 1.0
+    return left / run.warmdown_iters if left < run.warmdown_iters else 1.0
+
+
+def cosine_schedule(step, run):
+    """Half a cosine from 1 after the warm-up to 0 where the run ends (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    done = (step - run.warmup_iters) / max(1, run.num_iterations - run.warmup_iters)
+    return (1 + math.cos(math.pi * max(0.0, done))) / 2
+
+
+schedules = {"linear": linear_schedule, "cosine": cosine_schedule}  # (step, run) -> between 1 and 0, warm-up aside
+
+
+def plan(step, config, run):
+    """The values of step number `step`, counted from 0: linear warm-up, then the schedule; MTP's ramp."""
+    rising = (step + 1) / run.warmup_iters if step < run.warmup_iters else 1.0
+    falling = run.min_lr_fraction + (1 - run.min_lr_fraction) * schedules[run.schedule](step, run)
     ramp = min(1.0, step / config.mtp_rampup_steps) if config.mtp_rampup_steps else 1.0
     mtp_weight = config.mtp_weight * ramp if config.mtp_enabled else 0.0
     return Plan(lr=run.learning_rate * min(rising, falling), mtp_weight=mtp_weight)
@@ -1228,12 +1628,34 @@ def parallelize(model, run, world, log):
     if reason:
         log.text(f"torch.compile does not work here, training goes on uncompiled and slower: {reason}")
     elif wanted:
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, mode=run.compile_mode)
     if world.size == 1:
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 means to rename broadcast_buffers
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def attention_kernel(config, run, world):
+    """(context in which full attention runs on the kernel asked for, note on which one that is). The kernel that torch
+    chooses depends on types and sizes, so it is asked with this run's."""
+    if config.window and config.window < run.sequence_length:
+        return contextlib.nullcontext(), None
+    dtype = Numerics(config.precision, world.device).dtype
+    width = config.head_dim + (config.rotary_dim if config.mixer == "latent" else 0)
+    q, k, v = (torch.zeros(1, heads, 128, size, dtype=dtype, device=world.device, requires_grad=True) for heads, size
+               in ((config.n_head, width), (config.n_kv_head, width), (config.n_kv_head, config.head_dim)))
+    context = sdpa_kernel(ATTENTION_KERNELS[run.attention]) if run.attention != "auto" else contextlib.nullcontext()
+    settings = dict(dropout_p=config.dropout, is_causal=True, enable_gqa=config.gqa_enabled)
+    try:
+        with context, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of each kernel that is passed over; what counts is the error
+            F.scaled_dot_product_attention(q, k, v, **settings).sum().backward()
+            choice = SDPBackend(torch._fused_sdp_choice(q, k, v, **settings))
+    except RuntimeError as e:
+        raise ConfigError(f"attention={run.attention} has no kernel for {dtype} and heads of size {width} on this "
+                          "device; drop the flag") from e
+    return context, f"attention kernel: {choice.name.lower().replace('_attention', '')}"
 
 
 def gradient_sync(model, wanted):
@@ -1306,22 +1728,28 @@ def save_checkpoint(state, config, run, world, run_id):
     return path
 
 
-def load_checkpoint(path):
-    """The content of a checkpoint, on the CPU. Nothing in the file is run (weights_only)."""
+WEIGHTS = {"model", "network", "run"}  # what --init_from needs of a file; a resume needs all of a checkpoint
+CHECKPOINT = WEIGHTS | {"optimizer", "loader", "scaler", "rng", "step", "tokens", "seconds", "run_id"}
+
+
+def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
+    """The content of a checkpoint, on the CPU, its configurations with all of today's fields. Nothing in the file is
+    run (weights_only)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error of one line is to come
             content = torch.load(path, map_location="cpu", weights_only=True)
-        parts = {"model", "optimizer", "loader", "scaler", "rng", "step", "tokens", "seconds", "network", "run",
-                 "run_id"}
         complete = content["format"] == 1 and parts <= set(content)
-        GPTConfig(**content["network"]), TrainConfig(**content["run"])
+        content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
+        if "step" in parts:
+            content["run"] = dataclasses.asdict(TrainConfig(**content["run"]))
     except FileNotFoundError as e:
-        raise ConfigError(f"resume={path} does not exist; name a .pt file of a run's folder, or auto") from e
+        raise ConfigError(f"{flag}={path} does not exist; name a .pt file of a run's folder"
+                          + ", or auto" * (flag == "resume")) from e
     except Exception as e:  # torch.load raises many kinds
-        raise DataError(f"{path} cannot be read as a checkpoint ({type(e).__name__}); resume from another") from e
+        raise DataError(f"{path} cannot be read as a checkpoint ({type(e).__name__}); name another") from e
     if not complete:
-        raise DataError(f"{path} is not a checkpoint of this script; resume from another")
+        raise DataError(f"{path} is not a checkpoint of this script; name another")
     return content
 
 
@@ -1334,8 +1762,8 @@ def find_checkpoint(output_dir, wanted):
     """The newest checkpoint of the newest run in output_dir whose network has the wanted values (a dict), or None."""
     for folder in sorted(Path(output_dir).glob("*/"), key=lambda p: p.name, reverse=True):
         newest = newest_checkpoint(folder)
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            network = json.loads((folder / "config.json").read_text())["network"]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            network = GPTConfig(**json.loads((folder / "config.json").read_text())["network"]).network()
             if newest and all(network[k] == v for k, v in wanted.items()):
                 return newest
     return None
@@ -1349,14 +1777,32 @@ def checkpoint_fields(content):
     return fields
 
 
-def compare_with_checkpoint(config, run, content, path):
-    """Refuse another network; give notes on what else differs."""
+def initial_fields(content):
+    """The base for resolve() of a new run that starts with a file's weights: its network, nothing of how it was
+    trained."""
+    network = GPTConfig(**content["network"]).network()
+    return {**field_defaults(GPTConfig), **field_defaults(TrainConfig), **network, "model": content["run"]["model"]}
+
+
+def refuse_other_network(config, origin):
+    """Raise ConfigError where the run's network is not that of the weights it starts from."""
+    saved, flag = GPTConfig(**origin.content["network"]), "resume" if origin.resumed else "init_from"
+    other = next((name for name, value in config.network().items() if value != getattr(saved, name)), None)
+    if other is None:
+        return
+    remedy = "name other shards" if other == "vocab_size" else f"drop the flag, or start without --{flag}"
+    if not origin.resumed:
+        free = ", ".join(f.name for f in dataclasses.fields(GPTConfig) if not f.metadata["rebuilds"])
+        remedy += f" (fixed at pre-training: {', '.join(config.network())}; free: {free}, and the run's own flags)"
+    raise ConfigError(f"{origin.path} holds another network ({other} {getattr(saved, other)}, not "
+                      f"{getattr(config, other)}); {remedy}")
+
+
+def differences(config, run, content):
+    """Notes on what else a resumed run does in another way."""
     saved = {**content["network"], **content["run"]}
-    for name, value in config.network().items():
-        require(value == saved[name], f"{path} holds another network ({name} {saved[name]}, not {value}); drop the "
-                "flag, or start without --resume")
     now = {**dataclasses.asdict(config), **dataclasses.asdict(run)}
-    return [f"differs from the checkpoint: {k}={v}, was {saved[k]}" for k, v in now.items() if v != saved.get(k, v)]
+    return [f"differs from the checkpoint: {k}={v}, was {saved[k]}" for k, v in now.items() if v != saved[k]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1370,11 +1816,13 @@ def evaluate(model, shards, config, run, world, numerics):
     window is cut short, its further targets are fewer, and their weight depends a little on the batch)."""
     exact = torch.float32 if world.device.type == "mps" else torch.float64
     sums = torch.zeros(3, dtype=exact, device=world.device)
+    model.eval()
     for x, targets, count in validation_batches(shards, run, config.lookahead, world):
         with numerics.autocast():
             _, (main, aux) = model(x, targets, return_logits=False, return_loss_components=True)
         aux = torch.zeros_like(main) if aux is None else aux.nan_to_num()  # a batch of one target has none two ahead
         sums += count * torch.stack([main, aux, torch.ones_like(main)]).to(exact)
+    model.train()
     main, aux, count = world.sum(sums).tolist()
     weight = float(model.mtp_weight_buffer) if config.mtp_enabled else 0.0
     ntp, mtp = main / count, (main + weight * aux) / count
@@ -1473,6 +1921,8 @@ def train(state, config, run, world, log, run_id, val_shards):
         loss, grad_norm = train_step(model, state, row, run, world)
         state.step, state.tokens = step + 1, state.tokens + run.tokens_per_step
         meter.submit(state.step, state.tokens, loss, grad_norm, row)
+        if run.empty_cache_every and state.step % run.empty_cache_every == 0:
+            world.empty_cache()
         save_now = run.save_checkpoints and due(state.step, run.save_every, last)
         validate_now = val_shards is not None and due(state.step, run.val_loss_every, last)
         if not (save_now or validate_now):
@@ -1509,34 +1959,130 @@ def report_end(state, config, run, world, log):
     log.summary(dict(details, precision=config.precision))
 
 
+# Bytes that compiled training keeps for the backward pass, fitted to the peaks that docs/03-model-sizes measured.
+
+
+def memory_plan(config, run, model):
+    """Bytes on one GPU at a step's peak, by part: what a parameter needs, what a micro-batch keeps, the logits."""
+    parameters, tokens = model.parameter_count(), run.batch_size * run.sequence_length
+    half = 4 if config.precision == "fp32" else 2
+    heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
+    products = 1 if config.precision == "fp8" else half  # the inputs of matrix products, kept for their gradients
+    stream = 2 * 4 * config.n_embd
+    block = stream + half * (heads + config.n_embd) + products * 2 * config.n_embd + half * config.ffn_hidden * (
+        2 if config.mlp == "swiglu" else 1)
+    layers = config.n_layer + len(model.mtp_blocks)
+    kept = layers * 4 * config.n_embd + block if config.gradient_checkpointing else layers * block
+    logits = 3 * half * config.vocab_size * (1 + len(model.mtp_blocks))
+    return dict(weights=4 * parameters, gradients=4 * parameters, optimizer=8 * parameters,
+                activations=tokens * kept, logits=tokens * logits)
+
+
+def parameters_by_part(model):
+    """Parameters of embedding, attention, mlp, norms and head; the tied matrix is in the embedding."""
+    counts = dict(embedding=0, attention=0, mlp=0, norms=0, head=0)
+    for name, p in model.named_parameters():
+        part = next((part for word, part in ((".wte.", "embedding"), (".wpe.", "embedding"), (".attn.", "attention"),
+                                             (".mlp.", "mlp"), ("lm_head.", "head")) if word in name), "norms")
+        counts[part] += p.numel()
+    return counts
+
+
+def estimate_speeds(config, run, flops_per_token):
+    """[(GPU, tokens/s of one, how that is known)] from docs/measured.json: measured for this preset, precision and
+    number of FLOPs a token; else by the FLOP/s of the run there with the nearest number of them, in this precision if
+    there is one."""
+    path = Path(__file__).parent / "docs" / "measured.json"
+    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    found = []
+    for gpu in sorted({row["gpu"] for row in rows}):
+        here = [row for row in rows if row["gpu"] == gpu]
+        here = [row for row in here if row["precision"] == config.precision] or here
+        nearest = min(here, key=lambda row: (abs(math.log(row["flops_per_token"] / flops_per_token)),
+                                             row["model"] != run.model))
+        same = (nearest["model"], nearest["precision"]) == (run.model, config.precision)
+        exact = same and nearest["flops_per_token"] == flops_per_token
+        how = "measured" if exact else f"estimated by the FLOP/s of {nearest['model']} in {nearest['precision']}"
+        found.append((gpu, nearest["tokens_per_second"] * nearest["flops_per_token"] / flops_per_token, how))
+    return found
+
+
+def dry_run(typed, base):
+    """--dry_run: what the run would be, without a GPU, data, or anything written. Gives the lines."""
+    settings = {**field_defaults(TrainConfig), **(base or {}), **typed}
+    device, vocab_size, world_size = settings["device"], 0, int(os.environ.get("WORLD_SIZE", 1))
+    with contextlib.suppress(DataError):  # there need be no shards
+        vocab_size = TokenShards(settings["input_bin"]).vocab_size
+    machine = Machine(world_size, "cuda" if device == "auto" else device, True, True, vocab_size)
+    config, run, notes = resolve(typed, machine, base)
+    with torch.device("meta"):
+        model = GPT(config)
+    counts, flops = parameters_by_part(model), model.flops_by_part(run.sequence_length)
+    total, per_token = model.parameter_count(), model.flops_per_token(run.sequence_length)
+    lines = [f"dry run of {run.model}, precision {config.precision}: nothing is trained, nothing is written", *notes,
+             f"parameters: {total:,}, without the embedding {total - counts['embedding']:,}",
+             f"{'part':10}{'parameters':>16}{'MFLOP a token, forward':>26}{'backward':>12}"]
+    for part, count in [*counts.items(), ("total", total)]:
+        mflop = (per_token if part == "total" else flops.get(part, 0)) / 1e6
+        lines.append(f"{part:10}{count:>16,}{mflop / 3:>26,.1f}{2 * mflop / 3:>12,.1f}")
+    memory = {part: size / 2**20 for part, size in memory_plan(config, run, model).items()}
+    lines.append(f"memory plan of one GPU, {run.batch_size} x {run.sequence_length} tokens a micro-batch: "
+                 f"{sum(memory.values()):,.0f} MiB (" + ", ".join(f"{k} {v:,.0f}" for k, v in memory.items()) + ")")
+    tokens = run.tokens_per_step * run.num_iterations
+    lines.append(f"{run.tokens_per_step:,} tokens a step, {tokens:,} in {run.num_iterations:,} steps")
+    for gpu, speed, how in estimate_speeds(config, run, per_token):
+        hours = tokens / speed / world_size / 3600
+        lines.append(f"on {world_size} x {gpu}: {hours:.2f} hours at {speed:,.0f} tokens/s each ({how})")
+    return lines + ["another GPU: these hours x the ratio of the two dense bf16 peaks"]
+
+
 def find_resume(typed):
-    """(path, content, fields) of the checkpoint that --resume means; three times None for a fresh start."""
+    """(path, content) of the checkpoint that --resume means; None twice for a fresh start."""
     path = typed.get("resume")
     require(path != "", "resume= names nothing; name a checkpoint or auto, or drop the flag")
-    output_dir = typed.get("output_dir", TrainConfig.output_dir)
     if path == "auto":
         shaping = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata["rebuilds"]} | PRESET_FLAGS
         shaping = {name: typed[name] for name in shaping & typed.keys()}
-        machine = ANY_MACHINE._replace(vocab_size=typed.get("vocab_size", GPT2_VOCAB_SIZE))
-        wanted = resolve(shaping, machine)[0].network() if shaping else {}
+        wanted = resolve(shaping, ANY_MACHINE)[0].network() if shaping else {}
         if "vocab_size" not in typed:
             wanted.pop("vocab_size", None)  # it is the shards'
-        path = find_checkpoint(output_dir, wanted)
+        path = find_checkpoint(typed.get("output_dir", TrainConfig.output_dir), wanted)
     elif path and Path(path).is_dir():
         folder, path = path, newest_checkpoint(Path(path))
         require(path, f"resume={folder} is a folder without checkpoints; name a run's folder, a .pt file, or auto")
     if not path:
-        return None, None, None
-    path, content = Path(path).resolve(), load_checkpoint(path)
-    fields = checkpoint_fields(content)
-    if path.parent.name == content["run_id"]:
-        fields["output_dir"] = str(path.parent.parent)  # the run may have been moved
-    return path, content, fields
+        return None, None
+    path = Path(path).resolve()
+    return path, load_checkpoint(path)
 
 
-def start_run(typed, world, path, content, base):
-    """Put a run together, from shards, flags and, on resume, a checkpoint's content: what train() takes, and notes."""
-    settings = {**field_defaults(TrainConfig), **(base or {}), **typed}
+class Origin(NamedTuple):
+    """What a run starts from: nothing, a checkpoint to resume, or (resumed False) weights to begin a new run with."""
+
+    path: Any = None
+    content: Any = None
+    base: Any = None  # fields for resolve()
+    resumed: bool = False
+
+
+def find_origin(typed):
+    path, content = find_resume(typed)
+    if content:
+        fields = checkpoint_fields(content)
+        if path.parent.name == content["run_id"]:
+            fields["output_dir"] = str(path.parent.parent)  # the run may have been moved
+        return Origin(path, content, fields, True)
+    if "init_from" not in typed:  # else it counts where --resume auto found nothing to go on from
+        return Origin()
+    require(typed["init_from"], "init_from= names nothing; name a .pt file, or drop the flag")
+    path = Path(typed["init_from"])
+    content = load_checkpoint(path, WEIGHTS, "init_from")
+    return Origin(path, content, initial_fields(content))
+
+
+def start_run(typed, world, origin):
+    """Put a run together, from shards, flags and what it starts from: what train() takes, and notes."""
+    settings = {**field_defaults(TrainConfig), **(origin.base or {}), **typed}
     shards = TokenShards(settings["input_bin"])
     val_shards = TokenShards(settings["input_val_bin"]) if settings["input_val_bin"] else None
     if val_shards and val_shards.total < 2:
@@ -1544,8 +2090,9 @@ def start_run(typed, world, path, content, base):
     if val_shards and val_shards.vocab_size != shards.vocab_size:
         raise DataError(f"training shards have a vocabulary of {shards.vocab_size}, validation shards one of "
                         f"{val_shards.vocab_size}; name shards of one tokenizer")
-    config, run, notes = resolve(typed, world.machine(shards.vocab_size), base)
-    notes += compare_with_checkpoint(config, run, content, path) if content else []
+    config, run, notes = resolve(typed, world.machine(shards.vocab_size), origin.base)
+    if origin.content:
+        refuse_other_network(config, origin)
     loader = DistributedDataLoader(shards, run, config.lookahead, world)
     for some in (shards, val_shards):
         if some:
@@ -1558,11 +2105,16 @@ def start_run(typed, world, path, content, base):
     model = GPT(config)
     model.rotary.build(run.sequence_length)
     model.to(world.device)
+    if config.dropout:
+        torch.manual_seed(run.seed + world.rank)  # each process drops others
     numerics = Numerics(config.precision, world.device)
     state = TrainState(model, make_optimizer(model, run, world.device), numerics, loader)
-    if content:
-        state.load_state_dict(content, world)
-        notes.append(f"resumed {path} at step {state.step}")
+    if origin.resumed:
+        state.load_state_dict(origin.content, world)
+        notes += [*differences(config, run, origin.content), f"resumed {origin.path} at step {state.step}"]
+    elif origin.content:
+        model.load_state_dict(origin.content["model"])
+        notes.append(f"weights from {origin.path}")
     mflop = model.flops_per_token(run.sequence_length) / 1e6
     notes += [f"model {run.model}: {model.parameter_count():,} parameters, {mflop:.1f} MFLOP a token at "
               f"sequence_length={run.sequence_length}, precision {config.precision}",
@@ -1572,26 +2124,32 @@ def start_run(typed, world, path, content, base):
 
 def run_training(typed):
     """One run from what was typed, to its end."""
-    path, content, base = find_resume(typed)
-    settings = {**(base or {}), **typed}
+    origin = find_origin(typed)
+    if typed.get("dry_run"):
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(dry_run(typed, origin.base)))
+        return
+    settings = {**(origin.base or {}), **typed}
     world = World(settings.get("device", TrainConfig.device))
-    # What is wrong with the flags waits for nothing.
-    resolve(typed, world.machine(settings.get("vocab_size", GPT2_VOCAB_SIZE)), base)
+    resolve(typed, world.machine(), origin.base)  # what is wrong with the flags waits for nothing
     with world:
-        state, config, run, val_shards, notes = start_run(typed, world, path, content, base)
-        if typed.get("resume") and not content:
+        state, config, run, val_shards, notes = start_run(typed, world, origin)
+        kernel, note = attention_kernel(config, run, world)
+        notes += [note] if note else []
+        if typed.get("resume") and not origin.resumed:
             notes.append(f"no checkpoint of such a network in {run.output_dir}: this is a fresh start")
         if state.step >= run.num_iterations:
             notes.append(f"nothing is left to train: {state.step} of {run.num_iterations} steps are done; "
                          "--num_iterations sets a later end")
         run_id, resumed_at = new_run_id(run.model), None
-        if content and path.parent == (Path(run.output_dir) / content["run_id"]).resolve():
-            run_id, resumed_at = content["run_id"], state.step  # else it is a copy, and the run itself is left alone
+        if origin.resumed and origin.path.parent == (Path(run.output_dir) / origin.content["run_id"]).resolve():
+            run_id, resumed_at = origin.content["run_id"], state.step  # else a copy, and the run itself is left alone
         run_id = world.gather(run_id)[0]
         log = open_log(world, config, run, run_id, notes, resumed_at)
-        del content  # weights and optimizer once more
+        del origin  # weights and optimizer once more
         try:
-            train(state, config, run, world, log, run_id, val_shards)
+            with kernel:
+                train(state, config, run, world, log, run_id, val_shards)
             report_end(state, config, run, world, log)
         finally:
             log.close()

@@ -8,7 +8,8 @@ import torch
 import train_gpt2_mod as script
 
 CPU = torch.device("cpu")
-CUDA_MACHINE = script.Machine(world_size=1, device_type="cuda", has_bf16=True, vocab_size=script.GPT2_VOCAB_SIZE)
+CUDA_MACHINE = script.Machine(world_size=1, device_type="cuda", has_bf16=True, has_fp8=True,
+                              vocab_size=script.GPT2_VOCAB_SIZE)
 
 
 def machine(**changes):
@@ -28,7 +29,8 @@ def shrunk_preset(name, **changes):
         preset["n_kv_head"] = max(1, 6 * preset["n_kv_head"] // heads)
     if preset.get("window"):
         preset["window"] = preset["window"] // 100
-    return small_config(**{**preset, **dict(n_layer=2, n_head=6, n_embd=24), **changes})
+    preset.pop("ffn_hidden", None)
+    return small_config(**{**preset, **dict(n_layer=2, n_head=6, n_embd=24, vocab_size=61), **changes})
 
 
 def small_run(**changes):

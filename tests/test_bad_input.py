@@ -36,12 +36,12 @@ def assert_refused(trainer, flags, *parts):
 FLAGS = {
     # what was typed behind flags that are right, and what the line must say: the value, and a way out
     "preset": ("--model d12_mlp3", ["model=d12_mlp3 ", "did you mean d12_mlp3x"]),
-    "preset like no other": ("--model zzzzz", ["model=zzzzz ", "choose one of", "d12_mqa"]),
+    "preset like no other": ("--model zzzzz", ["model=zzzzz ", "--help lists them"]),
     "flag": ("--num_iteration 3", ["--num_iteration ", "did you mean --num_iterations"]),
     "flag like no other": ("--qqqqq", ["--qqqqq ", "--help"]),
     "word": ("stray", ["stray", "--help"]),
     "choice": ("--mlp swigl", ["mlp=swigl ", "did you mean swiglu"]),
-    "choice of precision": ("--precision fp8", ["precision=fp8 ", "fp16"]),
+    "choice of precision": ("--precision bf15", ["precision=bf15 ", "bf16"]),
     "choice of device": ("--device gpu", ["device=gpu ", "cpu"]),
     "word for an integer": ("--n_layer two", ["--n_layer", "two", "--help"]),
     "fraction for an integer": ("--num_iterations 1.5", ["--num_iterations", "1.5", "--help"]),
@@ -185,9 +185,9 @@ class Exploit:
 def test_resume_runs_no_code(trainer, recwarn):
     path, proof = trainer.output.parent / "evil.pt", trainer.output.parent / "the code ran"
     torch.save(dict(format=1, model=Exploit(proof)), path)
-    assert_refused(trainer, ["--resume", path], path, "resume from another")
+    assert_refused(trainer, ["--resume", path], path, "name another")
     path.write_bytes(pickle.dumps(Exploit(proof)))
-    assert_refused(trainer, ["--resume", path], path, "resume from another")
+    assert_refused(trainer, ["--resume", path], path, "name another")
     assert not proof.exists()
     assert not recwarn.list  # they would be lines on stderr
     pickle.loads(path.read_bytes())
@@ -201,10 +201,10 @@ def test_resume_of_what_is_no_checkpoint(trainer):
                     random=some_tokens(9000, 5, 60000).tobytes(), text=b"step 6\n")
     for content in contents.values():
         damaged.write_bytes(content)
-        assert_refused(trainer, ["--resume", damaged], damaged, "resume from another")
+        assert_refused(trainer, ["--resume", damaged], damaged, "name another")
     for content in ([1, 2], dict(model={}), dict(torch.load(whole, weights_only=True), format=2)):
         torch.save(content, damaged)
-        assert_refused(trainer, ["--resume", damaged], damaged, "resume from another")
+        assert_refused(trainer, ["--resume", damaged], damaged, "name another")
     assert_refused(trainer, ["--resume", trainer.data], trainer.data, "name a run's folder")
 
 

@@ -26,6 +26,21 @@ PRESETS = {
     "d24": (353_453_056, 24, 16, 16, 1024, 4096, 2),
     "d36": (772_117_760, 36, 20, 20, 1280, 5120, 2),
     "d48": (1_554_971_200, 48, 25, 25, 1600, 6400, 2),
+    "d12_mla": (120_288_000, 12, 12, 12, 768, 3072, 2),
+    "gpt2": (124_439_808, 12, 12, 12, 768, 3072, 2),
+    "gpt2-medium": (354_823_168, 24, 16, 16, 1024, 4096, 2),
+    "gpt2-large": (774_030_080, 36, 20, 20, 1280, 5120, 2),
+    "gpt2-xl": (1_557_611_200, 48, 25, 25, 1600, 6400, 2),
+    "sized": (100_682_496, 12, 12, 4, 768, 2048, 3),
+    "sized_small": (114_838_272, 12, 12, 4, 768, 2560, 3),
+    "sized_current": (226_542_336, 32, 12, 4, 768, 2048, 3),
+    "sized_medium_deep": (162_822_912, 20, 12, 4, 768, 2304, 3),
+    "sized_wide_shallow": (165_676_032, 12, 16, 4, 1024, 2730, 3),
+    "sized_medium": (398_509_056, 24, 16, 4, 1024, 4096, 3),
+    "sized_16_layers": (135_291_648, 16, 12, 4, 768, 2304, 3),
+    "sized_24_layers": (176_198_400, 24, 12, 4, 768, 2048, 3),
+    "sized_40_layers": (253_293_312, 40, 12, 4, 768, 1792, 3),
+    "sized_16gb": (100_682_496, 12, 12, 4, 768, 2048, 3),
     "tiny": (7_219_328, 4, 4, 4, 128, 512, 2),
     "mini": (29_915_520, 6, 6, 6, 384, 1536, 2),
 }
@@ -71,16 +86,31 @@ def context(config, T):
     return script.Context(*script.Rotary(config.head_dim, config.rope_base)(T), mask)
 
 
+def expected_count(name, layers, heads, kv_heads, width, hidden, matrices):
+    """Parameters by the formulas of the papers: a tied embedding, and by layer attention, MLP, biases and norms."""
+    head_dim, vocabulary = width // heads, 32768 if name.startswith("sized") else 50257
+    attention = width * head_dim * (heads + kv_heads + kv_heads) + width * width
+    if name == "d12_mla":
+        attention = width * heads * (64 + 32) + width * (256 + 32) + 256 * 2 * heads * 64 + width * width
+    layer, rest = attention + matrices * width * hidden, vocabulary * width
+    if name.startswith("gpt2"):
+        layer += 3 * width + width + hidden + width + 4 * width  # biases, two LayerNorms
+        rest += 1024 * width + 2 * width
+    elif name.startswith("sized"):
+        layer, rest = layer + 2 * width, rest + width
+    return rest + layers * layer
+
+
 def test_every_preset_has_its_parameter_count():
     assert PRESETS.keys() == script.base_configs.keys()
-    for name, (count, layers, heads, kv_heads, width, hidden, matrices) in PRESETS.items():
-        head_dim = width // heads
-        attention = width * head_dim * (heads + kv_heads + kv_heads) + width * width
-        assert count == 50257 * width + layers * (attention + matrices * width * hidden), name
+    for name, (count, *shape) in PRESETS.items():
+        assert count == expected_count(name, *shape), name
         with torch.device("meta"):
             model = script.GPT(script.GPTConfig(**script.base_configs[name]))
         assert model.parameter_count() == count, name
-        assert sum(p.numel() for p in model.state_dict().values()) == count + 50257 * width, name  # both tied names
+        assert sum(script.parameters_by_part(model).values()) == count, name
+        tied = model.config.vocab_size * model.config.n_embd
+        assert sum(p.numel() for p in model.state_dict().values()) == count + tied, name  # both tied names
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -176,7 +206,7 @@ def test_a_window_counts_its_own_token(float64, window):
 @pytest.mark.parametrize("preset", script.base_configs)
 def test_no_logit_sees_a_later_token(float64, preset, mlp):
     config = shrunk_preset(preset, mlp=mlp)
-    model = script.GPT(config)
+    model = script.GPT(config).eval()
     idx, _ = batch_of(config, T=9)
     before = model(idx)[0]
     for j in (1, 4, 8):
@@ -290,7 +320,7 @@ def test_padding_the_heads_rows_changes_nothing(float64, monkeypatch):
     results = []
     for z in (x, x.as_subclass(OnCuda)):
         logits = model.head(z).as_subclass(torch.Tensor)
-        loss, _ = script.loss_components(logits, targets, model.config)
+        loss, _ = script.loss_components(lambda k: logits, targets, model.config)
         results.append((loss, logits[..., :61], *torch.autograd.grad(loss, model.lm_head.weight)))
     assert shapes == [(61, 32), (128, 32)]
     for plain, padded in zip(*results):
