@@ -67,9 +67,9 @@ GPU_PEAK_TFLOPS = {
 }
 
 
-# --attention: name -> torch's kernels of scaled_dot_product_attention; none: as torch has them.
+# torch's kernels of scaled_dot_product_attention that --attention forces
 ATTENTION_KERNELS = {
-    "auto": [], "flash": [SDPBackend.FLASH_ATTENTION], "cudnn": [SDPBackend.CUDNN_ATTENTION], "math": [SDPBackend.MATH],
+    "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
 }
 
 
@@ -310,7 +310,9 @@ class TrainConfig:
         "default", "how long torch.compile may search for speed; reduce-overhead takes CUDA graphs",
         choices=("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"),
     )
-    attention: str = option("auto", "kernel of full attention; auto: torch's choice", choices=tuple(ATTENTION_KERNELS))
+    attention: str = option(
+        "auto", "kernel of full attention; auto: torch's choice", choices=("auto", *ATTENTION_KERNELS)
+    )
     empty_cache_every: int = option(0, "steps between returns of unused memory to the GPU (CUDA, MPS); 0: never")
     log_wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = option("train_gpt2_mod", "project for --log_wandb")
@@ -987,24 +989,24 @@ def pad_to(x, columns, rows=1):
 class Linear(nn.Linear):
     """The linear layers of the blocks: the product of the precision asked for, at widths that CUDA's kernels do well.
 
-    Weights keep their true shape. Where it is not a multiple of WIDTH_MULTIPLE (float8: FLOAT8_MULTIPLE) the product is
-    padded with zeros and its result sliced, which changes neither values nor gradients; a compiler fuses both.
+    Weights keep their true shape. Where that is no multiple of WIDTH_MULTIPLE (float8: FLOAT8_MULTIPLE) the product is
+    done with rows and columns of zeros added, which changes neither values nor gradients.
     """
 
     def __init__(self, config, fan_in, fan_out):
         super().__init__(fan_in, fan_out, bias=config.bias)
         self.fp8 = config.precision == "fp8"
 
-    def forward(self, x):
-        return self.parts(x, 1)[0]
-
-    def parts(self, x, count):
-        """The result (..., fan_out) cut into `count` parts of equal width, each padded by itself."""
+    def padded(self, x, parts=1):
+        """x (..., fan_in, or more with zeros behind) -> (..., fan_out) with zeros behind each of its equal parts."""
         multiple = FLOAT8_MULTIPLE if self.fp8 else WIDTH_MULTIPLE if x.is_cuda else 1  # CPU kernels gain nothing
-        weight = pad_to(self.weight.unflatten(0, (count, -1)), multiple, multiple).flatten(0, 1)
-        bias = None if self.bias is None else pad_to(self.bias.view(count, -1), multiple).flatten()
-        y = linear(pad_to(x, multiple), weight, bias, self.fp8)
-        return [part[..., : self.out_features // count] for part in y.chunk(count, dim=-1)]
+        x = pad_to(x, multiple)
+        weight = pad_to(self.weight.unflatten(0, (parts, -1)), x.size(-1), multiple).flatten(0, 1)
+        bias = None if self.bias is None else pad_to(self.bias.view(parts, -1), multiple).flatten()
+        return linear(x, weight, bias, self.fp8)
+
+    def forward(self, x):
+        return self.padded(x)[..., : self.out_features]
 
 
 class Rotary(nn.Module):
@@ -1132,7 +1134,8 @@ activations = {
 
 
 class MLP(nn.Module):
-    """(B, T, C) -> (B, T, C) through ffn_hidden units of one of the activations."""
+    """(B, T, C) -> (B, T, C) through ffn_hidden units of one of the activations. All of them leave 0 as it is, so what
+    the first product pads, the second one takes."""
 
     def __init__(self, config):
         super().__init__()
@@ -1141,7 +1144,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(config, config.ffn_hidden, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(self.activation(self.c_fc.padded(x)))
 
 
 class SwiGLUMLP(nn.Module):
@@ -1154,7 +1157,7 @@ class SwiGLUMLP(nn.Module):
         self.c_proj = Linear(config, config.ffn_hidden, config.n_embd)
 
     def forward(self, x):
-        gate, up = self.c_fc.parts(x, 2)
+        gate, up = self.c_fc.padded(x, parts=2).chunk(2, dim=-1)
         return self.c_proj(F.silu(gate) * up)
 
 
@@ -1636,19 +1639,27 @@ def parallelize(model, run, world, log):
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+@contextlib.contextmanager
+def force_attention(name):
+    """Run full attention on one of ATTENTION_KERNELS. The tag keeps compiled graphs apart in torch's cache on the disk,
+    which knows nothing of the kernel that it holds (torch 2.11: a graph with cuDNN's was taken for math's)."""
+    with sdpa_kernel(ATTENTION_KERNELS[name]), torch.compiler.config.patch(cache_key_tag=f"attention={name}"):
+        yield
+
+
 def attention_kernel(config, run, world):
-    """(context in which full attention runs on the kernel asked for, note on which one that is). The kernel that torch
-    chooses depends on types and sizes, so it is asked with this run's."""
+    """(function that makes a context in which full attention runs on the kernel asked for, note on which one that is).
+    The kernel that torch chooses depends on types and sizes, so it is asked with this run's."""
+    context = contextlib.nullcontext if run.attention == "auto" else partial(force_attention, run.attention)
     if config.window and config.window < run.sequence_length:
-        return contextlib.nullcontext(), None
+        return context, None
     dtype = Numerics(config.precision, world.device).dtype
     width = config.head_dim + (config.rotary_dim if config.mixer == "latent" else 0)
     q, k, v = (torch.zeros(1, heads, 128, size, dtype=dtype, device=world.device, requires_grad=True) for heads, size
                in ((config.n_head, width), (config.n_kv_head, width), (config.n_kv_head, config.head_dim)))
-    context = sdpa_kernel(ATTENTION_KERNELS[run.attention]) if run.attention != "auto" else contextlib.nullcontext()
     settings = dict(dropout_p=config.dropout, is_causal=True, enable_gqa=config.gqa_enabled)
     try:
-        with context, warnings.catch_warnings():
+        with context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of each kernel that is passed over; what counts is the error
             F.scaled_dot_product_attention(q, k, v, **settings).sum().backward()
             choice = SDPBackend(torch._fused_sdp_choice(q, k, v, **settings))
@@ -2148,7 +2159,7 @@ def run_training(typed):
         log = open_log(world, config, run, run_id, notes, resumed_at)
         del origin  # weights and optimizer once more
         try:
-            with kernel:
+            with kernel():
                 train(state, config, run, world, log, run_id, val_shards)
             report_end(state, config, run, world, log)
         finally:

@@ -1,0 +1,164 @@
+#!/usr/bin/env python3
+"""Measure the model-size document's networks, where fp8 begins to pay, and the memory plan; print README.md's tables.
+
+    python docs/03-model-sizes/measure.py --input_bin 'sized/train_*.bin' --gpt2_bin 'fineweb/train_*.bin'
+    python docs/03-model-sizes/measure.py --table
+
+The first runs what results.jsonl does not hold yet for this GPU, half a minute to a minute and a half a run on an H100,
+appends a record each, and writes docs/measured.json, from which --dry_run tells hours. The shards of --input_bin have
+a vocabulary of 32,768, those of --gpt2_bin GPT-2's. The second only prints.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RESULTS, MEASURED = HERE / "results.jsonl", HERE.parent / "measured.json"
+sys.path.insert(0, str(ROOT))
+
+# Preset, and what the document says of it: parameters in millions, thousands of tokens a second (of another GPU).
+SIZES = {
+    "sized_small": ("125", "130-150"), "sized_current": ("180", "89-91"), "sized_medium_deep": ("140", "110-125"),
+    "sized_wide_shallow": ("130", "115-130"), "sized_medium": ("350", "45-55"), "sized_16_layers": ("140", "115-130"),
+    "sized_24_layers": ("165", "95-105"), "sized_40_layers": ("190", "80-85"), "sized_16gb": ("115", "-"),
+}
+WIDTHS = (512, 768, 1024, 1536, 2048, 3072)
+COMMON = "--sequence_length 1024 --val_loss_every 0 --no_save_checkpoints --seed 1"
+STEPS = "--batch_size 16 --total_batch_size 65536 --num_iterations 40"
+SIZED_RUNS = [f"--model {model} --precision {precision} {STEPS}" for model in SIZES for precision in ("bf16", "fp8")]
+WIDTH_RUNS = [f"--model sized --n_layer 4 --n_embd {width} --precision {precision} {STEPS}"
+              for width in WIDTHS for precision in ("bf16", "fp8")]
+GPT2_RUNS = [
+    "--model gpt2 --precision bf16 --batch_size 32 --total_batch_size 65536 --num_iterations 190 --warmup_iters 20 "
+    "--schedule cosine --min_lr_fraction 0.1",
+    "--model d12 --precision bf16 --batch_size 32 --total_batch_size 65536 --num_iterations 30",
+    "--model d12 --precision bf16 --batch_size 32 --total_batch_size 65536 --num_iterations 30 "
+    "--gradient_checkpointing",
+    "--model d12_mla --precision bf16 --batch_size 32 --total_batch_size 65536 --num_iterations 30",
+]
+
+
+def results():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def resolved(flags):
+    """(GPTConfig, TrainConfig, model on the meta device) of a run's flags."""
+    import torch
+
+    import train_gpt2_mod as script
+
+    config, run, _ = script.resolve(script.parse_flags(flags.split() + COMMON.split()), script.ANY_MACHINE)
+    with torch.device("meta"):
+        return config, run, script.GPT(config)
+
+
+def planned_mib(flags):
+    """The memory plan of a run, in MiB."""
+    import train_gpt2_mod as script
+
+    return sum(script.memory_plan(*resolved(flags)).values()) / 2**20
+
+
+def measure(flags, pattern):
+    """Run the script once; the figures of its last step."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, ROOT / "train_gpt2_mod.py", *flags.split(), *COMMON.split(), "--input_bin", pattern,
+                   "--input_val_bin", "", "--log_every", "20", "--output_dir", logs]
+        subprocess.run(command, check=True)
+        records = [json.loads(line) for line in next(Path(logs).glob("*/metrics.jsonl")).read_text().splitlines()]
+    config, run, model = resolved(flags)
+    first, last = records[0], records[-1]
+    return dict(
+        flags=flags, model=run.model, precision=config.precision, n_embd=config.n_embd, batch_size=run.batch_size,
+        parameters=model.parameter_count(), flops_per_token=model.flops_per_token(run.sequence_length),
+        tokens_per_second=last["tokens_per_second"], mfu=last["mfu"], peak_mem_MB=last["peak_mem_MB"],
+        first_step_s=first["step_ms"] / 1000, first_loss=first["train_loss"], last_loss=last["train_loss"],
+        steps=last["step"], gpu=torch.cuda.get_device_name(), torch=torch.__version__,
+    )
+
+
+def write_measured():
+    """docs/measured.json: the speeds that --dry_run goes by, from this folder's results and those of the MLP experiment."""
+    rows = [dict(r, folder=HERE.name) for r in results()]
+    other = HERE.parent / "02-mlp-3x-optimization"
+    flags = "--model {} --precision bf16 --batch_size 64"
+    for line in (other / "results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["learning_rate"] == 6e-4 and row["seed"] == 1:
+            flops = resolved(flags.format(row["model"]))[2].flops_per_token(1024)
+            rows.append(dict(row, precision="bf16", flops_per_token=flops, batch_size=64, folder=other.name))
+    names = ("gpu", "torch", "model", "precision", "batch_size", "flops_per_token", "tokens_per_second", "folder")
+    lines = ",\n  ".join(json.dumps({name: row[name] for name in names}) for row in rows)
+    MEASURED.write_text(f'{{"runs": [\n  {lines}\n]}}\n')
+
+
+def table(heads, rows):
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"] + [f"| {' | '.join(r)} |" for r in rows])
+
+
+def tables(rows):
+    """The Markdown tables: the sizes, fp8 by width, GPT-2 and its neighbours, and the memory plan."""
+    by = {r["flags"]: r for r in rows}
+    sizes, widths, others = [], [], []
+    for model, (millions, speed) in SIZES.items():
+        bf16, fp8 = (by.get(f"--model {model} --precision {p} {STEPS}") for p in ("bf16", "fp8"))
+        if bf16 and fp8:
+            sizes.append([f"`{model}`", f"{bf16['parameters']:,}", f"{millions} M", f"{bf16['tokens_per_second']:,.0f}",
+                          f"{100 * bf16['mfu']:.1f}%", f"{bf16['peak_mem_MB']:,}", f"{fp8['tokens_per_second']:,.0f}",
+                          f"{100 * fp8['mfu']:.1f}%", f"{fp8['peak_mem_MB']:,}",
+                          f"{fp8['tokens_per_second'] / bf16['tokens_per_second']:.3f}", f"{speed} k"])
+    for bf16, fp8 in zip(*(map(by.get, WIDTH_RUNS[i::2]) for i in (0, 1))):
+        if bf16 and fp8:
+            widths.append([f"{bf16['n_embd']:,}", f"{bf16['tokens_per_second']:,.0f}", f"{100 * bf16['mfu']:.1f}%",
+                           f"{fp8['tokens_per_second']:,.0f}", f"{100 * fp8['mfu']:.1f}%",
+                           f"{fp8['tokens_per_second'] / bf16['tokens_per_second']:.3f}"])
+    for r in filter(None, map(by.get, GPT2_RUNS)):
+        others.append([f"`{r['flags'].split(' --precision')[0][8:]}`"
+                       + ", checkpointing" * ("checkpointing" in r["flags"]), f"{r['parameters']:,}",
+                       f"{r['tokens_per_second']:,.0f}", f"{100 * r['mfu']:.1f}%", f"{r['peak_mem_MB']:,}",
+                       f"{r['first_loss']:.3f}", f"{r['last_loss']:.3f}", str(r["steps"])])
+    plans = [(r, planned_mib(r["flags"])) for r in rows]
+    plan = [[f"`{r['flags'].split(' --batch')[0]}`", str(r["batch_size"]), f"{planned:,.0f}", f"{r['peak_mem_MB']:,}",
+             f"{planned / r['peak_mem_MB'] - 1:+.1%}"] for r, planned in plans]
+    return [
+        table(["preset", "parameters", "the document", "bf16 tokens/s", "MFU", "MiB", "fp8 tokens/s", "MFU", "MiB",
+               "fp8 / bf16", "the document"], sizes),
+        table(["n_embd", "bf16 tokens/s", "MFU", "fp8 tokens/s", "MFU", "fp8 / bf16"], widths),
+        table(["preset", "parameters", "tokens/s", "MFU", "MiB", "loss of step 1", "of the last", "steps"], others),
+        table(["run", "sequences", "planned MiB", "measured MiB", "difference"], plan),
+    ]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
+    parser.add_argument("--input_bin", help="training shards of a vocabulary of 32,768")
+    parser.add_argument("--gpt2_bin", help="training shards of GPT-2's vocabulary")
+    args = parser.parse_args(argv)
+    if not args.table:
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
+        runs = [(flags, args.input_bin) for flags in SIZED_RUNS + WIDTH_RUNS]
+        runs += [(flags, args.gpt2_bin) for flags in GPT2_RUNS]
+        done = {r["flags"] for r in results() if r["gpu"] == torch.cuda.get_device_name()}
+        for flags, pattern in runs:
+            if flags not in done and pattern:
+                row = measure(flags, pattern)
+                with open(RESULTS, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+        write_measured()
+    for gpu in sorted({r["gpu"] for r in results()}):
+        print(f"{gpu}\n\n" + "\n\n".join(tables([r for r in results() if r["gpu"] == gpu])) + "\n")
+
+
+if __name__ == "__main__":
+    main()
