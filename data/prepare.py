@@ -2,6 +2,7 @@
 
     python data/prepare.py INPUT [INPUT ...] --out FOLDER
     python data/prepare.py book.txt --out data/book --tokenizer bytes
+    python data/prepare.py corpus/ --out data/mine --tokenizer data/mine/tokenizer.json
     python data/prepare.py corpus/ more.jsonl.xz --out data/mine --val_fraction 0.005 --max_document_chars 16000
     python data/prepare.py train.parquet --val_input val.parquet --out data/mine
 
@@ -12,9 +13,10 @@ An INPUT is a file, or a folder that is searched for files (sorted, hidden ones 
     .parquet    the column --text_key; needs pyarrow
 each also compressed, with .xz or .gz behind it. Text is UTF-8 and taken as it is; blank documents are left out.
 
-Writes train_000.bin, train_001.bin, ..., val_000.bin, ... and manifest.json; shards.py has the format. The same
-inputs and flags give the same bytes, whatever the machine and the number of workers. Memory holds the longest
-document and a few batches, never the corpus.
+Writes train_000.bin, train_001.bin, ..., val_000.bin, ... and manifest.json; shards.py has the format. A tokenizer of
+your own, which train_tokenizer.py makes, is copied beside them as tokenizer.json. The same inputs and flags give the
+same bytes, whatever the machine and the number of workers. Memory holds the longest document and a few batches, never
+the corpus.
 
 The split is by document. Which documents are validation follows from --seed and the document's number alone. There is
 at least one, and never all; of a single document, the last --val_fraction is cut off at a line break.
@@ -44,7 +46,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import MAX_SHARD_TOKENS, DataError, Parser, ShardWriter, new_folder, run, write_manifest
-from text_encodings import ENCODINGS, get_encoding
+from text_encodings import ENCODINGS, TOKENIZER, get_encoding, tokenizer_file, write_tokenizer
 
 BATCH_CHARS = 1 << 18  # characters that one worker tokenizes at a time: some 60 ms
 OPENERS = {"": open, ".xz": lzma.open, ".gz": gzip.open}
@@ -63,7 +65,7 @@ class Options:
 
     def __post_init__(self):
         if self.tokenizer not in ENCODINGS:
-            raise DataError(f"tokenizer={self.tokenizer!r} must be one of {', '.join(ENCODINGS)}")
+            tokenizer_file(self.tokenizer)  # which raises DataError where there is none
         if not 0 < self.val_fraction < 1:
             raise DataError(f"val_fraction={self.val_fraction} must lie between 0 and 1; try 0.01")
         if not 1 <= self.shard_tokens <= MAX_SHARD_TOKENS:
@@ -410,12 +412,16 @@ def sections_of(files, val_files, options):
 
 
 def prepare(files, val_files, folder, options, workers=1):
-    """Write the shards and manifest.json of `files` to a new folder; return the manifest."""
+    """Write the shards and manifest.json of `files`, and a tokenizer.json, to a new folder; return the manifest."""
     encoding = get_encoding(options.tokenizer)
+    tokenizer = options.tokenizer
+    if encoding.file is not None:
+        write_tokenizer(folder, encoding.file)
+        tokenizer = str(folder / TOKENIZER)  # the workers read what stays, whatever becomes of the other
     limit = None if options.shard_per_file else options.shard_tokens
     splits = {name: Split(folder, name, encoding.n_vocab, limit) for name in ("train", "val")}
     progress = Progress()
-    for tokens, size in encode_all(options.tokenizer, batches(sections_of(files, val_files, options)), workers):
+    for tokens, size in encode_all(tokenizer, batches(sections_of(files, val_files, options)), workers):
         for (split, shard), part in tokens.items():
             splits[split].write(part, shard)
         progress.update(size, sum(map(len, tokens.values())))
@@ -427,10 +433,19 @@ def prepare(files, val_files, folder, options, workers=1):
             raise DataError(f"there are no documents for {name}, or only blank ones; name files with text")
     progress.update(0, 0, done=True)
     recorded = dataclasses.asdict(options)
+    recorded |= {"tokenizer": encoding.name}  # a path would be this machine's
     recorded |= {"inputs": [path.name for path in files], "val_inputs": [path.name for path in val_files]}
     for name in ["val_fraction", "seed"] * bool(val_files) + ["shard_tokens"] * options.shard_per_file:
         del recorded[name]  # it decided nothing
     return write_manifest(folder, encoding.name, encoding.n_vocab, recorded, shards)
+
+
+def check_tokenizer(out, data, overwrite):
+    """Raise DataError where shards would come to stand beside the tokenizer.json of others: it must hold `data`."""
+    path = out / TOKENIZER
+    if path.exists() and not overwrite and path.read_bytes() != data:
+        raise DataError(f"--out {out} already holds {TOKENIZER}, which is not these shards'; --overwrite replaces it, "
+                        "or name another folder")
 
 
 def available_cpus():
@@ -447,9 +462,11 @@ def parse(argv):
                         help="file or folder of .txt, .md, .jsonl, .parquet (.xz, .gz)")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write; it must not hold shards yet")
     parser.add_argument("--overwrite", action="store_true",
-                        help="replace the shards (*.bin) and manifest.json that --out holds; its other files stay")
-    parser.add_argument("--tokenizer", choices=list(ENCODINGS), **typed,
-                        help=f"gpt2: byte-pair encoding, 50257 tokens; bytes: 257 tokens (default {default.tokenizer})")
+                        help=f"replace the shards (*.bin), manifest.json and {TOKENIZER} that --out holds; its other "
+                             "files stay")
+    parser.add_argument("--tokenizer", metavar="T", **typed,
+                        help="gpt2: byte-pair encoding, 50257 tokens; bytes: 257 tokens; or the path of a "
+                             f"{TOKENIZER} of train_tokenizer.py, or of its folder (default {default.tokenizer})")
     parser.add_argument("--val_fraction", type=float, metavar="F", **typed,
                         help=f"fraction of the documents that become validation (default {default.val_fraction})")
     parser.add_argument("--val_input", nargs="+", default=[], metavar="FILE",
@@ -498,7 +515,11 @@ def main(argv):
                         f"name files with one of {', '.join(READERS)}")
     out = Path(flags.out)
     with new_folder(out, flags.overwrite) as folder:
+        tokenizer = get_encoding(options.tokenizer).file
+        check_tokenizer(out, tokenizer, flags.overwrite)
         manifest = prepare(train_files, val_files, folder, options, flags.workers)
+        if tokenizer is None:
+            (out / TOKENIZER).unlink(missing_ok=True)  # the old shards', which go next
     for name, record in manifest["shards"].items():
         print(f"{out / name}: {record['tokens']:,} tokens, {record['documents']:,} documents")
 

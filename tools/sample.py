@@ -4,10 +4,12 @@
     python tools/sample.py                                    the newest checkpoint of the newest run in logs/
     python tools/sample.py logs/20260101-120000-d12-ab12 --prompt 'Once upon a time' --temperature 0.8 --top_k 50
 
-The tokenizer is known by the vocabulary's size: bytes (257) or GPT-2's (50257). Each sample starts with the end-of-text
-token, as the documents of the shards do, and then the prompt. Every new token runs the whole context again.
+The tokenizer is the tokenizer.json beside the training shards; where there is none, it is known by the vocabulary's
+size: bytes (257) or GPT-2's (50257). --tokenizer names another. Each sample starts with the end-of-text token, as the
+documents of the shards do, and then the prompt. Every new token runs the whole context again.
 """
 import sys
+from glob import glob
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from shards import Parser  # noqa: E402
-from text_encodings import get_encoding  # noqa: E402
+from text_encodings import TOKENIZER, get_encoding  # noqa: E402
 from train_gpt2_mod import GPT, GPTConfig, find_checkpoint, load_checkpoint, newest_checkpoint, require  # noqa: E402
 
 ENCODINGS = {257: "bytes", 50257: "gpt2"}  # by size of the vocabulary
@@ -28,6 +30,20 @@ def find(path):
     found = newest_checkpoint(path) or find_checkpoint(path, {})
     require(found, f"{path} holds no checkpoint; name a .pt file, a run's folder or a folder of runs")
     return found
+
+
+def find_encoding(tokenizer, path, input_bin, vocab_size):
+    """The encoding that --tokenizer names, or that goes with a checkpoint's training shards and vocabulary."""
+    # input_bin is a pattern, perhaps also in its folders; what it matches together has one tokenizer.
+    beside = sorted(glob(str(Path(input_bin).parent / TOKENIZER)))
+    tokenizer = tokenizer or (beside[0] if beside else ENCODINGS.get(vocab_size))
+    known = ", ".join(f"{size} ({name})" for size, name in ENCODINGS.items())
+    require(tokenizer, f"{path} has a vocabulary of {vocab_size}, which no tokenizer here has; known are {known}, and "
+            f"--tokenizer names a {TOKENIZER}")
+    encoding = get_encoding(tokenizer)
+    require(encoding.n_vocab == vocab_size, f"tokenizer={tokenizer!r} has {encoding.n_vocab} tokens, the network of "
+            f"{path} {vocab_size}; name its own with --tokenizer")
+    return encoding
 
 
 @torch.no_grad()
@@ -50,6 +66,7 @@ def main(argv=None):
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("path", nargs="?", type=Path, default=Path("logs"), help="checkpoint, run or folder of runs")
     parser.add_argument("--prompt", default="", help="text to go on from")
+    parser.add_argument("--tokenizer", help=f"gpt2, bytes or a {TOKENIZER} [what the training shards have]")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to draw [200]")
     parser.add_argument("--num_samples", type=int, default=1, help="texts to draw [1]")
     parser.add_argument("--temperature", type=float, default=0.8, help="divides the logits; 0: the likeliest [0.8]")
@@ -65,14 +82,13 @@ def main(argv=None):
         path = find(args.path)
         content = load_checkpoint(path)
         config = GPTConfig(**content["network"])
-        require(config.vocab_size in ENCODINGS, f"{path} has a vocabulary of {config.vocab_size}, which no tokenizer "
-                f"here has; known are {', '.join(f'{size} ({name})' for size, name in ENCODINGS.items())}")
-        encoding = get_encoding(ENCODINGS[config.vocab_size])
+        encoding = find_encoding(args.tokenizer, path, content["run"]["input_bin"], config.vocab_size)
     except ValueError as e:  # ConfigError and the data scripts' DataError
         print(f"error: {e}", file=sys.stderr)
         return 2
     model = GPT(config)
     model.load_state_dict(content["model"])
+    model.eval()
     print(f"{path}, step {content['step']}, temperature {args.temperature}, top_k {args.top_k}, seed {args.seed}")
     generator = torch.Generator().manual_seed(args.seed)
     prompt = [encoding.eot, *encoding.encode(args.prompt).tolist()]
