@@ -47,7 +47,7 @@ gqa)
         --learning_rate 1.8e-3 --warmup_iters 256 --warmdown_iters 1024 --weight_decay 0.1 --grad_clip 0 \
         --val_loss_every 128 --target_val_loss 3.3821 --save_every 512 --output_dir logs "$@"
     ;;
-d*)
+d* | gpt2* | sized*)
     "${launch[@]}" --model "$name" --batch_size 8 --sequence_length 1024 --num_iterations 5000 \
         --learning_rate 1e-4 --warmup_iters 100 --val_loss_every 250 --save_every 500 --output_dir logs "$@"
     ;;

@@ -662,6 +662,17 @@ def parse_flags(argv):
 # World and log: the processes, and where lines and records go
 
 
+def torchrun_place():
+    """(rank, local rank, number of processes) from torchrun's environment; without torchrun one process."""
+    try:
+        given = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
+        rank, local_rank, size = (int(os.environ.get(name, given[name])) for name in given)
+    except ValueError as e:
+        raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE must be numbers ({e}); launch with torchrun") from e
+    require(0 <= rank < size, f"RANK={rank} must be below WORLD_SIZE={size}; launch with torchrun")
+    return rank, local_rank, size
+
+
 class World:
     """The processes of this run as torchrun's environment tells them (without torchrun: one), and this one's device.
 
@@ -670,12 +681,7 @@ class World:
     """
 
     def __init__(self, device="auto"):
-        try:
-            given = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1)
-            self.rank, self.local_rank, self.size = (int(os.environ.get(name, given[name])) for name in given)
-        except ValueError as e:
-            raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE must be numbers ({e}); launch with torchrun") from e
-        require(0 <= self.rank < self.size, f"RANK={self.rank} must be below WORLD_SIZE={self.size}; use torchrun")
+        self.rank, self.local_rank, self.size = torchrun_place()
         self.is_main = self.rank == 0
         self.device = self.find_device(device)
 
@@ -1242,7 +1248,8 @@ class GPT(nn.Module):
         a round number of them, whose logits are -inf: the loss and its gradient are those of V logits, without a copy
         that cuts them off."""
         x, rows, fp8 = self.transformer.ln_f(x), self.config.vocab_size, self.config.precision == "fp8"
-        weight = pad_to(self.lm_head.weight, 1, HEAD_ROWS_MULTIPLE if x.is_cuda or fp8 else 1)
+        x = pad_to(x, FLOAT8_MULTIPLE if fp8 else 1)
+        weight = pad_to(self.lm_head.weight, x.size(-1), HEAD_ROWS_MULTIPLE if x.is_cuda or fp8 else 1)
         logits = linear(x, weight, None, fp8)
         if logits.size(-1) == rows:
             return logits
@@ -1311,7 +1318,7 @@ class Float8Product(torch.autograd.Function):
         """x as float8, and what to multiply that by to have x again."""
         largest = torch.finfo(dtype).max
         scale = largest / x.detach().abs().amax().float().clamp(min=1e-12)
-        return (x * scale).clamp(-largest, largest).to(dtype).contiguous(), scale.reciprocal()
+        return (x.float() * scale).clamp(-largest, largest).to(dtype).contiguous(), scale.reciprocal()
 
     @staticmethod
     def product(a, a_scale, b, b_scale, out_dtype, fast=False):
@@ -1396,7 +1403,8 @@ def loss_components(logits_of, targets_dict, config, training=False):
     """
     cap = config.loss_clamp if training else 0.0
     main = cross_entropy(logits_of(1), targets_dict["target_1"], cap)
-    if not (config.mtp_enabled and config.mtp_max_steps > 1 and config.mtp_weight > 0):
+    counts = config.mtp_weight > 0 or config.mtp_heads == "separate"  # whose weights DDP waits for in each step
+    if not (config.mtp_enabled and config.mtp_max_steps > 1 and counts):
         return main, None
     offsets = range(2, config.mtp_max_steps + 1)
     return main, sum(cross_entropy(logits_of(k), targets_dict[f"target_{k}"], cap) for k in offsets) / len(offsets)
@@ -1796,7 +1804,9 @@ def initial_fields(content):
 
 
 def refuse_other_network(config, origin):
-    """Raise ConfigError where the run's network is not that of the weights it starts from."""
+    """Raise ConfigError where the run's network is not that of the weights it starts from, if any."""
+    if origin.content is None:
+        return
     saved, flag = GPTConfig(**origin.content["network"]), "resume" if origin.resumed else "init_from"
     other = next((name for name, value in config.network().items() if value != getattr(saved, name)), None)
     if other is None:
@@ -2018,14 +2028,16 @@ def estimate_speeds(config, run, flops_per_token):
     return found
 
 
-def dry_run(typed, base):
+def dry_run(typed, origin):
     """--dry_run: what the run would be, without a GPU, data, or anything written. Gives the lines."""
-    settings = {**field_defaults(TrainConfig), **(base or {}), **typed}
-    device, vocab_size, world_size = settings["device"], 0, int(os.environ.get("WORLD_SIZE", 1))
+    settings = {**field_defaults(TrainConfig), **(origin.base or {}), **typed}
+    device = "cuda" if settings["device"] == "auto" else settings["device"]
+    vocab_size, (_, _, world_size) = 0, torchrun_place()
     with contextlib.suppress(DataError):  # there need be no shards
         vocab_size = TokenShards(settings["input_bin"]).vocab_size
-    machine = Machine(world_size, "cuda" if device == "auto" else device, True, True, vocab_size)
-    config, run, notes = resolve(typed, machine, base)
+    machine = Machine(world_size, device, device == "cuda", device == "cuda", vocab_size)
+    config, run, notes = resolve(typed, machine, origin.base)
+    refuse_other_network(config, origin)
     with torch.device("meta"):
         model = GPT(config)
     counts, flops = parameters_by_part(model), model.flops_by_part(run.sequence_length)
@@ -2041,10 +2053,11 @@ def dry_run(typed, base):
                  f"{sum(memory.values()):,.0f} MiB (" + ", ".join(f"{k} {v:,.0f}" for k, v in memory.items()) + ")")
     tokens = run.tokens_per_step * run.num_iterations
     lines.append(f"{run.tokens_per_step:,} tokens a step, {tokens:,} in {run.num_iterations:,} steps")
-    for gpu, speed, how in estimate_speeds(config, run, per_token):
+    speeds = estimate_speeds(config, run, per_token)
+    for gpu, speed, how in speeds:
         hours = tokens / speed / world_size / 3600
         lines.append(f"on {world_size} x {gpu}: {hours:.2f} hours at {speed:,.0f} tokens/s each ({how})")
-    return lines + ["another GPU: these hours x the ratio of the two dense bf16 peaks"]
+    return lines + ["another GPU: these hours x the ratio of the two dense bf16 peaks"] * bool(speeds)
 
 
 def find_resume(typed):
@@ -2102,8 +2115,9 @@ def start_run(typed, world, origin):
         raise DataError(f"training shards have a vocabulary of {shards.vocab_size}, validation shards one of "
                         f"{val_shards.vocab_size}; name shards of one tokenizer")
     config, run, notes = resolve(typed, world.machine(shards.vocab_size), origin.base)
-    if origin.content:
-        refuse_other_network(config, origin)
+    refuse_other_network(config, origin)
+    kernel, note = attention_kernel(config, run, world)
+    notes += [note] if note else []
     loader = DistributedDataLoader(shards, run, config.lookahead, world)
     for some in (shards, val_shards):
         if some:
@@ -2117,7 +2131,7 @@ def start_run(typed, world, origin):
     model.rotary.build(run.sequence_length)
     model.to(world.device)
     if config.dropout:
-        torch.manual_seed(run.seed + world.rank)  # each process drops others
+        torch.manual_seed(run.seed + 1 + world.rank)  # each process drops others
     numerics = Numerics(config.precision, world.device)
     state = TrainState(model, make_optimizer(model, run, world.device), numerics, loader)
     if origin.resumed:
@@ -2130,7 +2144,7 @@ def start_run(typed, world, origin):
     notes += [f"model {run.model}: {model.parameter_count():,} parameters, {mflop:.1f} MFLOP a token at "
               f"sequence_length={run.sequence_length}, precision {config.precision}",
               f"data: {shards.total:,} training tokens in {len(shards.files)} shards, vocabulary {shards.vocab_size}"]
-    return state, config, run, val_shards, notes
+    return state, config, run, val_shards, kernel, notes
 
 
 def run_training(typed):
@@ -2138,15 +2152,14 @@ def run_training(typed):
     origin = find_origin(typed)
     if typed.get("dry_run"):
         if os.environ.get("RANK", "0") == "0":
-            print("\n".join(dry_run(typed, origin.base)))
+            print("\n".join(dry_run(typed, origin)))
         return
     settings = {**(origin.base or {}), **typed}
     world = World(settings.get("device", TrainConfig.device))
-    resolve(typed, world.machine(), origin.base)  # what is wrong with the flags waits for nothing
+    # What is wrong with the flags waits for nothing; what depends on the vocabulary waits for the shards.
+    resolve(typed, world.machine(settings.get("vocab_size", 1)), origin.base)
     with world:
-        state, config, run, val_shards, notes = start_run(typed, world, origin)
-        kernel, note = attention_kernel(config, run, world)
-        notes += [note] if note else []
+        state, config, run, val_shards, kernel, notes = start_run(typed, world, origin)
         if typed.get("resume") and not origin.resumed:
             notes.append(f"no checkpoint of such a network in {run.output_dir}: this is a fresh start")
         if state.step >= run.num_iterations:

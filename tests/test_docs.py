@@ -81,7 +81,7 @@ def test_the_mlp_experiments_own_check_passes_and_prints_the_counts():
 
 def test_the_mlp_experiments_own_check_can_fail(tmp_path):
     source = (ROOT / "train_gpt2_mod.py").read_text()
-    broken = source.replace("int(self.mlp_expansion_factor * self.n_embd)", "int(4 * self.n_embd)")
+    broken = source.replace("return int(factor * n_embd", "return int(4 * n_embd")
     assert broken != source
     folder = tmp_path / "docs" / "02"
     folder.mkdir(parents=True)

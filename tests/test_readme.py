@@ -2,6 +2,7 @@
 
 The copy's .venv is a stub that leads to the Python of the tests, so that nothing is installed.
 """
+import dataclasses
 import hashlib
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import train_gpt2_mod as script
 from helpers import machine
@@ -108,9 +110,23 @@ def check_training(copy, result, processes):
     assert [path.name for path in folder.glob("*.pt")] == ["step000002.pt"]
 
 
+def small_weights(path):
+    """A file of weights for --init_from: GPT-2's network in the size that shrunk() asks for."""
+    changes = dict(n_layer=1, n_head=4, n_embd=32, precision="fp32")
+    config = script.GPTConfig(**{**script.base_configs["gpt2"], **changes})
+    torch.save(dict(format=1, network=dataclasses.asdict(config), run=dict(model="gpt2", sequence_length=32),
+                    model=script.GPT(config).state_dict()), path)
+
+
 def try_training(copy, words, server):
     if "--help" in words:
         return run_words(copy, words)
+    if "--dry_run" in words:
+        result = run_words(copy, words)
+        assert re.search(r"^parameters: [\d,]+", result.stdout, re.M) and not (copy / "logs").exists()
+        return result
+    if "--init_from" in words:
+        small_weights(copy / words[words.index("--init_from") + 1])
     count = re.compile(r"(--nproc[-_]per[-_]node=|NPROC=)(\d+)")
     words = [count.sub(lambda m: m[1] + str(min(2, int(m[2]))), word) for word in words]
     processes = int(next((m[2] for m in map(count.fullmatch, words) if m), 1))
@@ -153,11 +169,24 @@ def try_fineweb(copy, words, server):
         assert len(list(copy.glob(pattern))) == count
 
 
-def try_prepare(copy, words, server):
-    texts = copy / words[2]
-    texts.mkdir()
+def make_texts(folder):
+    folder.mkdir()
     for i in range(3):
-        (texts / f"{i}.txt").write_text(f"Document number {i}. " * 50)
+        (folder / f"{i}.txt").write_text(f"Document number {i}. Some words again, and others. " * 50)
+
+
+def try_tokenizer(copy, words, server):
+    make_texts(copy / words[2])
+    run_words(copy, [*words, "--vocab_size", "270"])
+    assert (copy / words[words.index("--out") + 1] / "tokenizer.json").is_file()
+
+
+def try_prepare(copy, words, server):
+    if "--tokenizer" in words:
+        tokenizer = words[words.index("--tokenizer") + 1]
+        try_tokenizer(copy, ["python", "data/train_tokenizer.py", words[2], "--out", tokenizer], server)
+    else:
+        make_texts(copy / words[2])
     run_words(copy, words)
     out = copy / words[words.index("--out") + 1]
     assert list(out.glob("train_*.bin")) and list(out.glob("val_*.bin")) and (out / "manifest.json").is_file()
@@ -179,6 +208,25 @@ def try_sample(copy, words, server):
         assert words[words.index("--prompt") + 1] in result.stdout
 
 
+def try_plan(copy, words, server):
+    assert re.search(r"^flags: --model \S+ --n_embd \d+", run_words(copy, words).stdout, re.M)
+
+
+def try_hf(copy, words, server):
+    """Weights as they come and go; what is fetched from the hub lies in a folder of that name."""
+    if words[2] == "import":
+        small_weights(copy / "weights.pt")
+        run_words(copy, ["python", "tools/hf.py", "export", "weights.pt", words[3]])
+        run_words(copy, words)
+        assert script.load_checkpoint(copy / words[4], script.WEIGHTS)["network"]["norm"] == "layernorm"
+        return
+    write_data(copy / "data/some")
+    flags = [*SMALL, *data_flags(copy / "data/some"), "--output_dir", str(copy / "logs"), "--model", "gpt2"]
+    assert script.main(flags) == 0
+    run_words(copy, words)
+    assert (copy / words[4] / "model.safetensors").is_file() and (copy / words[4] / "config.json").is_file()
+
+
 def try_mlp3x(copy, words, server):
     assert re.search(r"124,880,704", run_words(copy, words).stdout)
 
@@ -192,6 +240,9 @@ KINDS = (
     (r"python data/fineweb\.py( |$)", try_fineweb),
     (r"python data/prepare\.py ", try_prepare),
     (r"python data/quickstart\.py$", try_quickstart_data),
+    (r"python data/train_tokenizer\.py ", try_tokenizer),
+    (r"python tools/plan\.py ", try_plan),
+    (r"python tools/hf\.py ", try_hf),
     (r"python tools/sample\.py( |$)", try_sample),
     (r"python docs/02-mlp-3x-optimization/test_mlp3x\.py$", try_mlp3x),
 )
@@ -223,7 +274,7 @@ def test_the_readme_has_its_commands():
 
 
 SAY = 'printf "%s\\n" "$(basename "$0")" "$@"'
-PRESETS = [name for name in script.base_configs if name.startswith("d")] + ["nocap", "gqa"]
+PRESETS = [name for name in script.base_configs if name[0] in "dgs"] + ["nocap", "gqa"]
 
 
 def flags_of(out, program):
