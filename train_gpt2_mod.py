@@ -1964,6 +1964,7 @@ def train(state, config, run, world, log, run_id, val_shards):
                     log.text(f"saved {save_checkpoint(state, config, run, world, run_id)}")
                 break
         meter.resume()
+    meter.flush()
 
 
 def report_end(state, config, run, world, log):
@@ -1980,22 +1981,26 @@ def report_end(state, config, run, world, log):
     log.summary(dict(details, precision=config.precision))
 
 
-# Bytes that compiled training keeps for the backward pass, fitted to the peaks that docs/03-model-sizes measured.
+def memory_plan(config, run, model, world_size=1):
+    """Bytes on one GPU at the peak of compiled training, by part: what is there when the last logits are.
 
-
-def memory_plan(config, run, model):
-    """Bytes on one GPU at a step's peak, by part: what a parameter needs, what a micro-batch keeps, the logits."""
+    What a parameter needs follows from fp32 and AdamW; gradients of a single micro-batch come as activations go. What a
+    token keeps for the backward pass (the stream twice a block in fp32, the rest in `half`) has factors fitted to the
+    peaks in docs/03-model-sizes, which shows how near the plan comes."""
     parameters, tokens = model.parameter_count(), run.batch_size * run.sequence_length
-    half = 4 if config.precision == "fp32" else 2
+    half, fp8 = 4 if config.precision == "fp32" else 2, config.precision == "fp8"
     heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    products = 1 if config.precision == "fp8" else half  # the inputs of matrix products, kept for their gradients
-    stream = 2 * 4 * config.n_embd
-    block = stream + half * (heads + config.n_embd) + products * 2 * config.n_embd + half * config.ffn_hidden * (
-        2 if config.mlp == "swiglu" else 1)
-    layers = config.n_layer + len(model.mtp_blocks)
-    kept = layers * 4 * config.n_embd + block if config.gradient_checkpointing else layers * block
-    logits = 3 * half * config.vocab_size * (1 + len(model.mtp_blocks))
-    return dict(weights=4 * parameters, gradients=4 * parameters, optimizer=8 * parameters,
+    heads += 2 * config.n_head * config.rope_head_dim if config.mixer == "latent" else 0
+    width = 8 + half * (2.4 if fp8 else 4.3) + half * 2 * config.post_norm
+    hidden = half * ((1.95 if fp8 else 3.1) if config.mlp == "swiglu" else 2)
+    block = width * config.n_embd + half * heads + hidden * config.ffn_hidden
+    kept = (config.n_layer + len(model.mtp_blocks)) * block
+    copies = 2.2 if fp8 or config.vocab_size % HEAD_ROWS_MULTIPLE else 1.4  # of the logits: a mask takes one of its own
+    logits = half * (copies + len(model.mtp_blocks)) * config.vocab_size
+    if config.gradient_checkpointing:
+        kept = (config.n_layer + len(model.mtp_blocks)) * 4 * config.n_embd + max(0, block - logits)
+    waiting = 0 if run.grad_accumulation_steps > world_size else tokens * (kept + logits)
+    return dict(weights=4 * parameters, gradients=max(0, 4 * parameters - waiting), optimizer=8 * parameters,
                 activations=tokens * kept, logits=tokens * logits)
 
 
@@ -2023,7 +2028,8 @@ def estimate_speeds(config, run, flops_per_token):
                                              row["model"] != run.model))
         same = (nearest["model"], nearest["precision"]) == (run.model, config.precision)
         exact = same and nearest["flops_per_token"] == flops_per_token
-        how = "measured" if exact else f"estimated by the FLOP/s of {nearest['model']} in {nearest['precision']}"
+        how = (f"measured with batches of {nearest['batch_size']}" if exact else
+               f"estimated by the FLOP/s of {nearest['model']} in {nearest['precision']}")
         found.append((gpu, nearest["tokens_per_second"] * nearest["flops_per_token"] / flops_per_token, how))
     return found
 
@@ -2048,8 +2054,8 @@ def dry_run(typed, origin):
     for part, count in [*counts.items(), ("total", total)]:
         mflop = (per_token if part == "total" else flops.get(part, 0)) / 1e6
         lines.append(f"{part:10}{count:>16,}{mflop / 3:>26,.1f}{2 * mflop / 3:>12,.1f}")
-    memory = {part: size / 2**20 for part, size in memory_plan(config, run, model).items()}
-    lines.append(f"memory plan of one GPU, {run.batch_size} x {run.sequence_length} tokens a micro-batch: "
+    memory = {part: size / 2**20 for part, size in memory_plan(config, run, model, world_size).items()}
+    lines.append(f"memory plan of one GPU at its peak, {run.batch_size} x {run.sequence_length} tokens a micro-batch: "
                  f"{sum(memory.values()):,.0f} MiB (" + ", ".join(f"{k} {v:,.0f}" for k, v in memory.items()) + ")")
     tokens = run.tokens_per_step * run.num_iterations
     lines.append(f"{run.tokens_per_step:,} tokens a step, {tokens:,} in {run.num_iterations:,} steps")

@@ -1,4 +1,6 @@
 """What the documents say is what the code and the results say."""
+import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -12,9 +14,18 @@ import train_gpt2_mod as script
 from helpers import machine
 
 ROOT = Path(script.__file__).parent
-MLP3X = ROOT / "docs" / "02-mlp-3x-optimization"
-sys.path.insert(0, str(MLP3X))
-import measure  # noqa: E402
+MLP3X, SIZES = ROOT / "docs" / "02-mlp-3x-optimization", ROOT / "docs" / "03-model-sizes"
+
+
+def program(folder):
+    """The measure.py of an experiment."""
+    spec = importlib.util.spec_from_file_location(f"measure_{folder.name[:2]}", folder / "measure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+measure, sizes = program(MLP3X), program(SIZES)
 
 
 def parameters(**fields):
@@ -89,6 +100,34 @@ def test_the_mlp_experiments_own_check_can_fail(tmp_path):
     (folder / "test_mlp3x.py").write_text((MLP3X / "test_mlp3x.py").read_text())
     done = subprocess.run([sys.executable, folder / "test_mlp3x.py"], capture_output=True, text=True)
     assert done.returncode == 1 and "FAILED" in done.stderr and "All tests passed" not in done.stdout
+
+
+def test_the_tables_of_the_model_sizes_are_their_results():
+    text = (SIZES / "README.md").read_text()
+    assert all(table in text for table in sizes.tables(sizes.results()))
+    for row in sizes.results():
+        config, run, model = sizes.resolved(row["flags"])
+        assert row["parameters"] == model.parameter_count() and row["precision"] == config.precision
+        assert row["flops_per_token"] == model.flops_per_token(run.sequence_length)
+        peak = 1e12 * script.GPU_PEAK_TFLOPS["H100"]
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * row["flops_per_token"] / peak)
+
+
+def test_the_memory_plan_is_near_what_was_measured():
+    for row in sizes.results():
+        assert sizes.planned_mib(row["flags"]) == pytest.approx(row["peak_mem_MB"], rel=0.03), row["flags"]
+    for row in measure.results():
+        planned = sizes.planned_mib(f"--model {row['model']} --precision bf16 --batch_size 64 --total_batch_size 131072")
+        if row["peak_mem_MB"] < 40_000:  # one run is of an earlier revision
+            assert planned == pytest.approx(row["peak_mem_MB"], rel=0.1), row
+
+
+def test_what_dry_run_goes_by_is_in_the_results(tmp_path, monkeypatch):
+    written = (ROOT / "docs" / "measured.json").read_text()
+    monkeypatch.setattr(sizes, "MEASURED", tmp_path / "measured.json")
+    sizes.write_measured()
+    assert (tmp_path / "measured.json").read_text() == written
+    assert {"d12", "gpt2", "sized_small"} <= {row["model"] for row in json.loads(written)["runs"]}
 
 
 def training_commands():

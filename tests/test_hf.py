@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -642,6 +643,7 @@ def test_what_is_exported_and_imported_is_the_same(works, tmp_path, config):
             assert torch.equal(p, kept[name]), name
     if complete and not folded and not config.mtp_enabled:  # a width may be a rounded multiple or an exact one
         assert dict(again.config.network(), mlp_expansion_factor=0) == dict(config.network(), mlp_expansion_factor=0)
+    assert again.config.dropout == (config.dropout if config.norm == "layernorm" else 0.0)
     ids = ids_for(config.vocab_size, 20)
     with torch.no_grad():
         torch.testing.assert_close(again(ids)[0], model(ids)[0], **CLOSE)
@@ -754,8 +756,6 @@ TEXTS = ["Hello world", "naïve café, größer 12½ \r\n\t  日本語のテキ�
 
 def train_bpe(folder, size=400):
     """A tokenizer.json of the tokenizers library, end-of-text last, as data/train_tokenizer.py makes one."""
-    import tokenizers
-
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -797,6 +797,10 @@ def test_an_exported_tokenizer_is_ours(exported, name):
         "<|endoftext|>", "<|endoftext|>", end, end)
     assert len(tokenizer) == encoding.n_vocab == end + 1 and tokenizer.model_max_length == 48
     assert tokenizer("a<|endoftext|>b")["input_ids"] == [*encoding.encode("a"), end, *encoding.encode("b")]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["clean_up_tokenization_spaces"] is False  # before version 5 spaces went by default
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))  # which leaves special tokens out
+    assert library.decode([*encoding.encode("a"), end, *encoding.encode("b")]) == "ab"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (end, end)
     ids = model.generate(**tokenizer("To be", return_tensors="pt"), max_new_tokens=3, do_sample=False)

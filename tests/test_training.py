@@ -382,3 +382,29 @@ def test_the_lines_of_the_log(monkeypatch):
     assert re.fullmatch(r"step:7/9 \| val_loss 3\.1416 \| targets 69 \| tokens 1,000 \| time 1\.5 s", line)
     line = script.format_record(dict(validation, mtp_weight=0.1), 9)
     assert line.startswith("step:7/9 | val_loss 3.1416 | val_mtp_loss 3.5000 | ")
+
+
+def test_the_last_step_is_recorded_where_numbers_come_late(tmp_path, monkeypatch):
+    """As on a GPU, where a step's numbers are read when the next one is queued; nothing is saved or validated."""
+
+    class LateMeter(script.Meter):
+        def submit(self, step, tokens, loss, grad_norm, row):
+            read = self.world.read_later(torch.stack([loss, grad_norm]))
+            previous, self.pending = self.pending, (step, tokens, read, row)
+            if previous:
+                self.report(*previous)
+
+    class Log(script.NullLog):
+        steps = []
+
+        def record(self, record, steps):
+            self.steps.append(record["step"])
+
+    monkeypatch.setattr(script, "Meter", LateMeter)
+    config, run = small_config(), small_run(num_iterations=3, save_checkpoints=False, input_val_bin="")
+    world = FakeWorld()
+    loader = script.DistributedDataLoader(script.TokenShards(write_shards(tmp_path, random_tokens(300))), run, 1, world)
+    model = script.GPT(config)
+    state = script.TrainState(model, script.make_optimizer(model, run, CPU), script.Numerics("fp32", CPU), loader)
+    script.train(state, config, run, world, Log(), "x", None)
+    assert Log.steps == [1, 2, 3] and state.step == 3

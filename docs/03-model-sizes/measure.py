@@ -20,13 +20,14 @@ ROOT = HERE.parent.parent
 RESULTS, MEASURED = HERE / "results.jsonl", HERE.parent / "measured.json"
 sys.path.insert(0, str(ROOT))
 
-# Preset, and what the document says of it: parameters in millions, thousands of tokens a second (of another GPU).
+# Preset, and what the document says of it: parameters, tokens a second with fp8 (of another GPU).
 SIZES = {
-    "sized_small": ("125", "130-150"), "sized_current": ("180", "89-91"), "sized_medium_deep": ("140", "110-125"),
-    "sized_wide_shallow": ("130", "115-130"), "sized_medium": ("350", "45-55"), "sized_16_layers": ("140", "115-130"),
-    "sized_24_layers": ("165", "95-105"), "sized_40_layers": ("190", "80-85"), "sized_16gb": ("115", "-"),
+    "sized_small": ("125 M", "130-150 k"), "sized_current": ("180 M", "89-91 k"),
+    "sized_medium_deep": ("140 M, 155 M", "110-125 k, 100-115 k"), "sized_wide_shallow": ("130 M", "115-130 k"),
+    "sized_medium": ("350 M", "45-55 k"), "sized_16_layers": ("140 M", "115-130 k"),
+    "sized_24_layers": ("165 M", "95-105 k"), "sized_40_layers": ("190 M", "80-85 k"), "sized_16gb": ("115 M", "-"),
 }
-WIDTHS = (512, 768, 1024, 1536, 2048, 3072)
+WIDTHS = (768, 1024, 1536, 2048, 3072)
 COMMON = "--sequence_length 1024 --val_loss_every 0 --no_save_checkpoints --seed 1"
 STEPS = "--batch_size 16 --total_batch_size 65536 --num_iterations 40"
 SIZED_RUNS = [f"--model {model} --precision {precision} {STEPS}" for model in SIZES for precision in ("bf16", "fp8")]
@@ -85,7 +86,7 @@ def measure(flags, pattern):
 
 
 def write_measured():
-    """docs/measured.json: the speeds that --dry_run goes by, from this folder's results and those of the MLP experiment."""
+    """docs/measured.json, the speeds that --dry_run goes by: this folder's results and the MLP experiment's."""
     rows = [dict(r, folder=HERE.name) for r in results()]
     other = HERE.parent / "02-mlp-3x-optimization"
     flags = "--model {} --precision bf16 --batch_size 64"
@@ -103,27 +104,31 @@ def table(heads, rows):
     return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"] + [f"| {' | '.join(r)} |" for r in rows])
 
 
+def figures(row):
+    """Tokens a second, MFU and MiB of a run; dashes where it was not measured."""
+    if row is None:
+        return ["-"] * 3
+    return [f"{row['tokens_per_second']:,.0f}", f"{100 * row['mfu']:.1f}%", f"{row['peak_mem_MB']:,}"]
+
+
+def ratio(bf16, fp8):
+    return f"{fp8['tokens_per_second'] / bf16['tokens_per_second']:.3f}" if bf16 and fp8 else "-"
+
+
 def tables(rows):
-    """The Markdown tables: the sizes, fp8 by width, GPT-2 and its neighbours, and the memory plan."""
+    """The Markdown tables: the sizes, fp8 by width, GPT-2 and d12, and the memory plan."""
     by = {r["flags"]: r for r in rows}
     sizes, widths, others = [], [], []
-    for model, (millions, speed) in SIZES.items():
-        bf16, fp8 = (by.get(f"--model {model} --precision {p} {STEPS}") for p in ("bf16", "fp8"))
-        if bf16 and fp8:
-            sizes.append([f"`{model}`", f"{bf16['parameters']:,}", f"{millions} M", f"{bf16['tokens_per_second']:,.0f}",
-                          f"{100 * bf16['mfu']:.1f}%", f"{bf16['peak_mem_MB']:,}", f"{fp8['tokens_per_second']:,.0f}",
-                          f"{100 * fp8['mfu']:.1f}%", f"{fp8['peak_mem_MB']:,}",
-                          f"{fp8['tokens_per_second'] / bf16['tokens_per_second']:.3f}", f"{speed} k"])
-    for bf16, fp8 in zip(*(map(by.get, WIDTH_RUNS[i::2]) for i in (0, 1))):
-        if bf16 and fp8:
-            widths.append([f"{bf16['n_embd']:,}", f"{bf16['tokens_per_second']:,.0f}", f"{100 * bf16['mfu']:.1f}%",
-                           f"{fp8['tokens_per_second']:,.0f}", f"{100 * fp8['mfu']:.1f}%",
-                           f"{fp8['tokens_per_second'] / bf16['tokens_per_second']:.3f}"])
+    for i, (model, (said, speed)) in enumerate(SIZES.items()):
+        bf16, fp8 = (by.get(flags) for flags in SIZED_RUNS[2 * i : 2 * i + 2])
+        count = resolved(SIZED_RUNS[2 * i])[2].parameter_count()
+        sizes.append([f"`{model}`", f"{count:,}", said, *figures(bf16), *figures(fp8), ratio(bf16, fp8), speed])
+    for i, width in enumerate(WIDTHS):
+        bf16, fp8 = (by.get(flags) for flags in WIDTH_RUNS[2 * i : 2 * i + 2])
+        widths.append([f"{width:,}", *figures(bf16)[:2], *figures(fp8)[:2], ratio(bf16, fp8)])
     for r in filter(None, map(by.get, GPT2_RUNS)):
-        others.append([f"`{r['flags'].split(' --precision')[0][8:]}`"
-                       + ", checkpointing" * ("checkpointing" in r["flags"]), f"{r['parameters']:,}",
-                       f"{r['tokens_per_second']:,.0f}", f"{100 * r['mfu']:.1f}%", f"{r['peak_mem_MB']:,}",
-                       f"{r['first_loss']:.3f}", f"{r['last_loss']:.3f}", str(r["steps"])])
+        others.append([f"`{r['model']}`" + ", checkpointing" * ("checkpointing" in r["flags"]), f"{r['parameters']:,}",
+                       *figures(r), f"{r['first_loss']:.3f}", f"{r['last_loss']:.3f}", str(r["steps"])])
     plans = [(r, planned_mib(r["flags"])) for r in rows]
     plan = [[f"`{r['flags'].split(' --batch')[0]}`", str(r["batch_size"]), f"{planned:,.0f}", f"{r['peak_mem_MB']:,}",
              f"{planned / r['peak_mem_MB'] - 1:+.1%}"] for r, planned in plans]
@@ -131,7 +136,7 @@ def tables(rows):
         table(["preset", "parameters", "the document", "bf16 tokens/s", "MFU", "MiB", "fp8 tokens/s", "MFU", "MiB",
                "fp8 / bf16", "the document"], sizes),
         table(["n_embd", "bf16 tokens/s", "MFU", "fp8 tokens/s", "MFU", "fp8 / bf16"], widths),
-        table(["preset", "parameters", "tokens/s", "MFU", "MiB", "loss of step 1", "of the last", "steps"], others),
+        table(["preset", "parameters", "tokens/s", "MFU", "MiB", "loss of step 1", "last loss", "its step"], others),
         table(["run", "sequences", "planned MiB", "measured MiB", "difference"], plan),
     ]
 
@@ -147,8 +152,8 @@ def main(argv=None):
 
         if not torch.cuda.is_available():
             sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
-        runs = [(flags, args.input_bin) for flags in SIZED_RUNS + WIDTH_RUNS]
-        runs += [(flags, args.gpt2_bin) for flags in GPT2_RUNS]
+        runs = [(flags, args.input_bin) for flags in SIZED_RUNS] + [(flags, args.gpt2_bin) for flags in GPT2_RUNS]
+        runs += [(flags, args.input_bin) for flags in WIDTH_RUNS]
         done = {r["flags"] for r in results() if r["gpu"] == torch.cuda.get_device_name()}
         for flags, pattern in runs:
             if flags not in done and pattern:
