@@ -960,14 +960,9 @@ class Context(NamedTuple):
     mask: Any  # None: causal; else (T, T), True where a query (row) may look, or FlexAttention's BlockMask
 
 
-def norm(x):
-    """RMSNorm over the last dimension, without weights (Zhang and Sennrich 2019, arXiv:1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
-
 class Norm(nn.Module):
-    """RMSNorm, or LayerNorm (Ba et al. 2016, arXiv:1607.06450), over the last dimension. The weights, `width` of them,
-    are none with width 0; `bias` counts for a LayerNorm with weights."""
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) or LayerNorm (Ba et al. 2016, arXiv:1607.06450) over the last
+    dimension. The weights, `width` of them, are none with width 0; `bias` counts for a LayerNorm with weights."""
 
     def __init__(self, kind="rmsnorm", width=0, bias=False, eps=NORM_EPS):
         super().__init__()

@@ -217,7 +217,7 @@ def test_no_logit_sees_a_later_token(float64, preset, mlp):
 
 def test_norm_is_rmsnorm(float64):
     x = torch.randn(3, 5, 16) * torch.tensor([1e-4, 1.0, 1e4])[:, None, None]
-    torch.testing.assert_close(script.norm(x), rms(x), rtol=1e-12, atol=0)
+    torch.testing.assert_close(script.Norm()(x), rms(x), rtol=1e-12, atol=0)
     assert not list(script.Norm().parameters())
 
 
