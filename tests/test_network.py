@@ -234,8 +234,8 @@ def test_init_std_is_that_of_every_matrix_and_less_into_the_stream(changes):
 def test_the_attention_outputs_scale(float64, scale_attention, post_norm):
     config = small_config(n_layer=7, scale_attention=scale_attention, post_norm=post_norm)
     block, ctx, x = script.Block(config, 0), context(config, 9), torch.randn(2, 9, 32)
-    y = x + block.attn_norm(block.attn(script.norm(x), ctx)) * (1 / math.sqrt(14) if scale_attention else 1)
-    torch.testing.assert_close(block(x, ctx), y + block.mlp_norm(block.mlp(script.norm(y))), rtol=0, atol=1e-12)
+    y = x + block.attn_norm(block.attn(script.Norm()(x), ctx)) * (1 / math.sqrt(14) if scale_attention else 1)
+    torch.testing.assert_close(block(x, ctx), y + block.mlp_norm(block.mlp(script.Norm()(y))), rtol=0, atol=1e-12)
 
 
 # Whole networks of others
