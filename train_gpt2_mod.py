@@ -1654,7 +1654,8 @@ def attention_kernel(config, run, world):
     """(function that makes a context in which full attention runs on the kernel asked for, note on which one that is).
     The kernel that torch chooses depends on types and sizes, so it is asked with this run's."""
     context = contextlib.nullcontext if run.attention == "auto" else partial(force_attention, run.attention)
-    if config.window and config.window < run.sequence_length:
+    windowed = config.window and config.window < run.sequence_length
+    if windowed or world.device.type not in ("cuda", "cpu"):  # others have one kernel
         return context, None
     dtype = Numerics(config.precision, world.device).dtype
     width = config.head_dim + (config.rotary_dim if config.mixer == "latent" else 0)

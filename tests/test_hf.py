@@ -194,6 +194,7 @@ def test_what_is_imported_and_exported_is_bitwise_the_same(works, tmp_path, make
     works("export", tmp_path / "in.pt", tmp_path / "out")
     again = theirs_from(tmp_path / "out")
     assert_same(again.state_dict(), theirs.state_dict())
+    assert again.config.max_position_embeddings == theirs.config.max_position_embeddings
     works("import", tmp_path / "out", tmp_path / "again.pt")
     first, second = (torch.load(tmp_path / name, weights_only=True) for name in ("in.pt", "again.pt"))
     assert_same(first, second)
