@@ -254,8 +254,10 @@ class GPTConfig:
         return self.mtp_max_steps if self.mtp_enabled else 1
 
     def network(self):
-        """The fields that make the network what it is, as a dict."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["rebuilds"]}
+        """The fields that make the network what it is, as a dict. The MLP's width is in ffn_hidden alone, which several
+        factors may give."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                if f.metadata["rebuilds"] and f.name != "mlp_expansion_factor"}
 
 
 def hidden_width(factor, n_embd):
@@ -490,7 +492,7 @@ def rule_mtp(fields, typed, machine):
 def rule_positions(fields, typed, machine):
     length, positions = fields["sequence_length"], fields["n_positions"]
     require(fields["position"] == "rope" or length <= positions, f"sequence_length={length} is longer than the "
-            f"n_positions={positions} that are learned; lower it, or add --position rope")
+            f"n_positions={positions} that are learned; lower it, or start a network with --position rope")
     return {}, None
 
 
@@ -1719,11 +1721,15 @@ class TrainState:
 def write_atomically(path, write):
     """Have `write` fill a file that appears under its name only when it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -1737,8 +1743,9 @@ def save_checkpoint(state, config, run, world, run_id):
     try:
         if world.is_main:
             write_atomically(path, lambda f: torch.save(content, f))
-    except OSError as e:
-        raise DataError(f"{path} cannot be written ({e.strerror}); what was saved before it is whole: free some "
+    except (OSError, RuntimeError) as e:  # torch.save has the second for a full disk
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise DataError(f"{path} cannot be written ({reason}); what was saved before it is whole: free some "
                         "space and go on with --resume auto") from e
     return path
 
@@ -1756,6 +1763,7 @@ def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
             content = torch.load(path, map_location="cpu", weights_only=True)
         complete = content["format"] == 1 and parts <= set(content)
         content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
+        content["run"]["model"]  # all that --init_from needs of it
         if "step" in parts:
             content["run"] = dataclasses.asdict(TrainConfig(**content["run"]))
     except FileNotFoundError as e:
@@ -2136,12 +2144,15 @@ def start_run(typed, world, origin):
         torch.manual_seed(run.seed + 1 + world.rank)  # each process drops others
     numerics = Numerics(config.precision, world.device)
     state = TrainState(model, make_optimizer(model, run, world.device), numerics, loader)
-    if origin.resumed:
-        state.load_state_dict(origin.content, world)
-        notes += [*differences(config, run, origin.content), f"resumed {origin.path} at step {state.step}"]
-    elif origin.content:
-        model.load_state_dict(origin.content["model"])
-        notes.append(f"weights from {origin.path}")
+    try:
+        if origin.resumed:
+            state.load_state_dict(origin.content, world)
+            notes += [*differences(config, run, origin.content), f"resumed {origin.path} at step {state.step}"]
+        elif origin.content:
+            model.load_state_dict(origin.content["model"])
+            notes.append(f"weights from {origin.path}")
+    except RuntimeError as e:  # other names or shapes
+        raise DataError(f"{origin.path} does not hold the weights of its own network; name another") from e
     mflop = model.flops_per_token(run.sequence_length) / 1e6
     notes += [f"model {run.model}: {model.parameter_count():,} parameters, {mflop:.1f} MFLOP a token at "
               f"sequence_length={run.sequence_length}, precision {config.precision}",

@@ -1,4 +1,5 @@
 """Flags of network and run: the schedules, what is refused and why, spellings, and whole runs of other networks."""
+import copy
 import json
 import math
 import re
@@ -6,8 +7,8 @@ import re
 import pytest
 import torch
 from helpers import machine, small_config, small_run
-from launch import (SCRIPT, assert_same, checkpoints, column, content_of, records, runs_in, snapshot, steps, torchrun,
-                    validations)
+from launch import (SCRIPT, assert_same, checkpoints, column, content_of, data_flags, records, runs_in, snapshot, steps,
+                    torchrun, validations)
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import train_gpt2_mod as script
@@ -372,3 +373,27 @@ def test_a_resume_may_change_what_only_colours_a_run(trainer):
         assert result.code == 2 and "holds another network" in result.err, flag
         assert "start without --resume" in result.err and result.err.count("\n") == 1
     assert snapshot(trainer.output) == before
+
+
+def test_weights_that_are_not_their_networks_are_refused(trainer):
+    """A file whose weights have another shape than it says, and one without what --init_from needs."""
+    path = trainer.run().folder / "step000006.pt"
+    content = torch.load(path, weights_only=True)
+    other = path.with_name("other.pt")
+    for change in (lambda c: c["network"].update(n_layer=3), lambda c: c["run"].pop("model"), lambda c: c.pop("model")):
+        changed = copy.deepcopy(content)
+        change(changed)
+        torch.save(changed, other)
+        result = trainer.main("--init_from", other, *data_flags(trainer.data), "--output_dir", trainer.output,
+                              *"--batch_size 2 --sequence_length 32 --num_iterations 2 --device cpu".split())
+        assert result.code == 2 and result.err.count("\n") == 1 and result.err.startswith(f"error: {other} "), result
+        assert result.folder is None
+
+
+def test_another_factor_for_the_same_hidden_width_is_the_same_network(trainer):
+    whole = trainer.run("--mlp_expansion_factor", 2.67)
+    again = trainer.run("--mlp_expansion_factor", "8/3", "--init_from", whole.folder / "step000006.pt")
+    assert script.hidden_width(2.67, 32) == script.hidden_width(8 / 3, 32) == 85
+    assert steps(again.folder)[0]["train_loss"] < steps(whole.folder)[0]["train_loss"]
+    refused = trainer.main(*trainer.flags("--ffn_hidden", 84, "--init_from", whole.folder / "step000006.pt"))
+    assert refused.code == 2 and "ffn_hidden 85, not 84" in refused.err

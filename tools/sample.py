@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from shards import Parser  # noqa: E402
 from text_encodings import TOKENIZER, get_encoding  # noqa: E402
-from train_gpt2_mod import GPT, GPTConfig, find_checkpoint, load_checkpoint, newest_checkpoint, require  # noqa: E402
+from train_gpt2_mod import (  # noqa: E402
+    GPT, WEIGHTS, GPTConfig, find_checkpoint, load_checkpoint, newest_checkpoint, require,
+)
 
 ENCODINGS = {257: "bytes", 50257: "gpt2"}  # by size of the vocabulary
 
@@ -80,19 +82,19 @@ def main(argv=None):
             value = getattr(args, name)
             require(least <= value < 2**63, f"{name}={value} must be at least {least} and below 2^63")
         path = find(args.path)
-        content = load_checkpoint(path)
+        content = load_checkpoint(path, WEIGHTS, "checkpoint")  # what hf.py imports will do
         config = GPTConfig(**content["network"])
-        encoding = find_encoding(args.tokenizer, path, content["run"]["input_bin"], config.vocab_size)
+        encoding = find_encoding(args.tokenizer, path, content["run"].get("input_bin", str(path)), config.vocab_size)
     except ValueError as e:  # ConfigError and the data scripts' DataError
         print(f"error: {e}", file=sys.stderr)
         return 2
     model = GPT(config)
     model.load_state_dict(content["model"])
     model.eval()
-    print(f"{path}, step {content['step']}, temperature {args.temperature}, top_k {args.top_k}, seed {args.seed}")
+    print(f"{path}, step {content.get('step', 0)}, temperature {args.temperature}, top_k {args.top_k}, seed {args.seed}")
     generator = torch.Generator().manual_seed(args.seed)
     prompt = [encoding.eot, *encoding.encode(args.prompt).tolist()]
-    context = content["run"]["sequence_length"]
+    context = content["run"].get("sequence_length", config.n_positions)
     for _ in range(args.num_samples):
         new = sample(model, prompt, args.max_new_tokens, context, args.temperature, args.top_k, generator)
         print("-" * 80 + "\n" + args.prompt + encoding.decode(new))
