@@ -595,6 +595,8 @@ def resolve(typed, machine, base=None):
         require(name in base_configs, unknown_choice("model", name, base_configs))
         fields.update(network, **base_configs[name])
     fields.update(typed)
+    if base and not typed.keys() & PRESET_FLAGS and typed.get("n_embd") == base["n_embd"]:
+        typed = {name: value for name, value in typed.items() if name != "n_embd"}  # which asks for no other heads
     consumed, notes = {"resume", "init_from", "dry_run", "tokens_per_step"}, []
     for rule, consumes in RULES:
         changes, note = rule(fields, typed, machine)
@@ -616,7 +618,7 @@ class FlagParser(argparse.ArgumentParser):
 
 def make_parser():
     """The parser of all flags, from the fields of the three dataclasses."""
-    about = f"{__doc__.split(chr(10))[0]} Dashes and underscores are the same; every switch has a --no_ form."
+    about = f"{__doc__.split(chr(10))[0]} Dashes and underscores are the same; of a flag typed twice the last counts."
     parser = FlagParser(prog="train_gpt2_mod.py", description=about, allow_abbrev=False,
                         argument_default=argparse.SUPPRESS)
     for cls in (GPTConfig, TrainConfig, Shorthand):
@@ -1762,10 +1764,14 @@ def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
             warnings.simplefilter("ignore")  # an error of one line is to come
             content = torch.load(path, map_location="cpu", weights_only=True)
         complete = content["format"] == 1 and parts <= set(content)
+        if not complete and WEIGHTS <= set(content):
+            raise ConfigError(f"{flag}={path} holds weights and no training state; start from them with --init_from")
         content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
         content["run"]["model"]  # all that --init_from needs of it
         if "step" in parts:
             content["run"] = dataclasses.asdict(TrainConfig(**content["run"]))
+    except ConfigError:
+        raise
     except FileNotFoundError as e:
         raise ConfigError(f"{flag}={path} does not exist; name a .pt file of a run's folder"
                           + ", or auto" * (flag == "resume")) from e
@@ -2020,18 +2026,17 @@ def parameters_by_part(model):
 
 def estimate_speeds(config, run, flops_per_token):
     """[(GPU, tokens/s of one, how that is known)] from docs/measured.json: measured for this preset, precision and
-    number of FLOPs a token; else by the FLOP/s of the run there with the nearest number of them, in this precision if
-    there is one."""
+    number of FLOPs a token; else by the FLOP/s of the run there in this precision with the nearest number of them."""
     path = Path(__file__).parent / "docs" / "measured.json"
     rows = json.loads(path.read_text())["runs"] if path.exists() else []
     found = []
     for gpu in sorted({row["gpu"] for row in rows}):
-        here = [row for row in rows if row["gpu"] == gpu]
-        here = [row for row in here if row["precision"] == config.precision] or here
+        here = [row for row in rows if (row["gpu"], row["precision"]) == (gpu, config.precision)]
+        if not here:
+            continue
         nearest = min(here, key=lambda row: (abs(math.log(row["flops_per_token"] / flops_per_token)),
                                              row["model"] != run.model))
-        same = (nearest["model"], nearest["precision"]) == (run.model, config.precision)
-        exact = same and nearest["flops_per_token"] == flops_per_token
+        exact = (nearest["model"], nearest["flops_per_token"]) == (run.model, flops_per_token)
         how = (f"measured with batches of {nearest['batch_size']}" if exact else
                f"estimated by the FLOP/s of {nearest['model']} in {nearest['precision']}")
         found.append((gpu, nearest["tokens_per_second"] * nearest["flops_per_token"] / flops_per_token, how))
@@ -2048,6 +2053,8 @@ def dry_run(typed, origin):
     machine = Machine(world_size, device, device == "cuda", device == "cuda", vocab_size)
     config, run, notes = resolve(typed, machine, origin.base)
     refuse_other_network(config, origin)
+    notes += [] if vocab_size else [f"no shards of --input_bin can be read: vocab_size={config.vocab_size} is assumed"]
+    steps = run.num_iterations - (origin.content["step"] if origin.resumed else 0)
     with torch.device("meta"):
         model = GPT(config)
     counts, flops = parameters_by_part(model), model.flops_by_part(run.sequence_length)
@@ -2061,12 +2068,12 @@ def dry_run(typed, origin):
     memory = {part: size / 2**20 for part, size in memory_plan(config, run, model, world_size).items()}
     lines.append(f"memory plan of one GPU at its peak, {run.batch_size} x {run.sequence_length} tokens a micro-batch: "
                  f"{sum(memory.values()):,.0f} MiB (" + ", ".join(f"{k} {v:,.0f}" for k, v in memory.items()) + ")")
-    tokens = run.tokens_per_step * run.num_iterations
-    lines.append(f"{run.tokens_per_step:,} tokens a step, {tokens:,} in {run.num_iterations:,} steps")
-    speeds = estimate_speeds(config, run, per_token)
+    tokens = run.tokens_per_step * steps
+    lines.append(f"{run.tokens_per_step:,} tokens a step, {tokens:,} in {steps:,} steps" + " to go" * origin.resumed)
+    speeds = estimate_speeds(config, run, per_token) if device == "cuda" else []
     for gpu, speed, how in speeds:
         hours = tokens / speed / world_size / 3600
-        lines.append(f"on {world_size} x {gpu}: {hours:.2f} hours at {speed:,.0f} tokens/s each ({how})")
+        lines.append(f"on {world_size} x {gpu}: {hours:.3g} hours at {speed:,.0f} tokens/s each ({how})")
     return lines + ["another GPU: these hours x the ratio of the two dense bf16 peaks"] * bool(speeds)
 
 
@@ -2078,7 +2085,9 @@ def find_resume(typed):
         shaping = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata["rebuilds"]} | PRESET_FLAGS
         shaping = {name: typed[name] for name in shaping & typed.keys()}
         wanted = resolve(shaping, ANY_MACHINE)[0].network() if shaping else {}
-        if "vocab_size" not in typed:
+        if "init_from" in typed:  # the run that began with those weights, if any
+            wanted = GPTConfig(**load_weights(typed)[1]["network"]).network()
+        elif "vocab_size" not in typed:
             wanted.pop("vocab_size", None)  # it is the shards'
         path = find_checkpoint(typed.get("output_dir", TrainConfig.output_dir), wanted)
     elif path and Path(path).is_dir():
@@ -2099,7 +2108,19 @@ class Origin(NamedTuple):
     resumed: bool = False
 
 
+def load_weights(typed):
+    """(path, content) of what --init_from means."""
+    path = Path(typed["init_from"])
+    require(typed["init_from"], "init_from= names nothing; name a .pt file, or drop the flag")
+    found = newest_checkpoint(path) if path.is_dir() else path
+    require(found, f"init_from={path} is a folder without checkpoints; name a run's folder or a .pt file, which "
+            "tools/hf.py import makes of a model of transformers")
+    return found, load_checkpoint(found, WEIGHTS, "init_from")
+
+
 def find_origin(typed):
+    both = typed.keys() >= {"init_from", "resume"} and typed["resume"] != "auto"
+    require(not both, "resume and init_from both say what to start from; drop one, or type --resume auto")
     path, content = find_resume(typed)
     if content:
         fields = checkpoint_fields(content)
@@ -2108,9 +2129,7 @@ def find_origin(typed):
         return Origin(path, content, fields, True)
     if "init_from" not in typed:  # else it counts where --resume auto found nothing to go on from
         return Origin()
-    require(typed["init_from"], "init_from= names nothing; name a .pt file, or drop the flag")
-    path = Path(typed["init_from"])
-    content = load_checkpoint(path, WEIGHTS, "init_from")
+    path, content = load_weights(typed)
     return Origin(path, content, initial_fields(content))
 
 

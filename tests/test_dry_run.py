@@ -202,10 +202,11 @@ def test_tokens_and_hours_are_those_of_all_processes(dry, monkeypatch, tmp_path,
         dict(batch_size=64, gpu="Fast", model="d12", precision="bf16", flops_per_token=flops,
              tokens_per_second=500_000),
         dict(batch_size=64, gpu="Fast", model="d24", precision="bf16", flops_per_token=3 * flops, tokens_per_second=10),
-        # Of the two others one is nearer, and neither in this precision: half of twice the FLOPs is as fast again.
-        dict(batch_size=64, gpu="Slow", model="d24", precision="fp32", flops_per_token=2 * flops,
+        # Of the two others one is nearer: half of twice the FLOPs is as fast again.
+        dict(batch_size=64, gpu="Slow", model="d24", precision="bf16", flops_per_token=2 * flops,
              tokens_per_second=50_000),
-        dict(batch_size=64, gpu="Slow", model="d48", precision="fp32", flops_per_token=9 * flops, tokens_per_second=30),
+        dict(batch_size=64, gpu="Slow", model="d48", precision="bf16", flops_per_token=9 * flops, tokens_per_second=30),
+        dict(batch_size=64, gpu="Other", model="d12", precision="fp32", flops_per_token=flops, tokens_per_second=40),
     ]
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "measured.json").write_text(json.dumps(dict(runs=rows)))
@@ -216,13 +217,15 @@ def test_tokens_and_hours_are_those_of_all_processes(dry, monkeypatch, tmp_path,
     hours = 4768 * 524288 / 500_000 / 3600 / world_size
     found = [line for line in lines if line.startswith("on ")]
     assert found == [
-        f"on {world_size} x Fast: {hours:.2f} hours at 500,000 tokens/s each (measured with batches of 64)",
-        f"on {world_size} x Slow: {5 * hours:.2f} hours at 100,000 tokens/s each "
-        "(estimated by the FLOP/s of d24 in fp32)",
+        f"on {world_size} x Fast: {hours:.3g} hours at 500,000 tokens/s each (measured with batches of 64)",
+        f"on {world_size} x Slow: {5 * hours:.3g} hours at 100,000 tokens/s each "
+        "(estimated by the FLOP/s of d24 in bf16)",
     ]
     code, lines, _ = dry(*"--model d12_gqa --total_batch_size 524288 --batch_size 64".split())
     assert code == 0 and not any("(measured" in line for line in lines)  # another network of nearly as many FLOPs
     assert sum(line.startswith("on ") for line in lines) == 2
+    for flags in ("--precision fp16", "--device cpu"):  # of which nothing is known
+        assert not any(line.startswith("on ") for line in dry("--model", "d12", *flags.split())[1])
 
 
 def test_without_measurements_there_are_no_hours(dry, monkeypatch, tmp_path):

@@ -536,7 +536,9 @@ def hub(tmp_path):
     thread.join()
 
 
-@pytest.mark.parametrize("form", ["whole", "shards", "pickle"])
+@pytest.mark.parametrize(
+    "form", ["whole", *(pytest.param(form, marks=pytest.mark.slow) for form in ("shards", "pickle"))]
+)
 def test_only_what_is_needed_comes_from_the_hub(hub, works, tmp_path, form):
     theirs, folder = gpt2_model(), tmp_path / "hf"
     folder.mkdir()
@@ -723,7 +725,7 @@ hf.run(hf.main)
 """
 
 
-@pytest.mark.parametrize("command", ["import", "export"])
+@pytest.mark.parametrize("command", ["import", pytest.param("export", marks=pytest.mark.slow)])
 def test_a_full_disk_leaves_nothing(tmp_path, command):
     saved(gpt2_model(), tmp_path / "hf")
     checkpoint_of(small_config(**script.GPT2 | dict(vocab_size=257)), tmp_path / "x.pt")

@@ -397,3 +397,23 @@ def test_another_factor_for_the_same_hidden_width_is_the_same_network(trainer):
     assert steps(again.folder)[0]["train_loss"] < steps(whole.folder)[0]["train_loss"]
     refused = trainer.main(*trainer.flags("--ffn_hidden", 84, "--init_from", whole.folder / "step000006.pt"))
     assert refused.code == 2 and "ffn_hidden 85, not 84" in refused.err
+
+
+def test_weights_beside_resume(trainer):
+    """--resume auto goes on with the run that began with the weights, and with no other; a path says the same twice."""
+    other = trainer.run("--n_layer", 1)
+    start = trainer.copy_of(trainer.run().folder, "elsewhere") / "step000006.pt"
+    for path in trainer.output.glob("*/step*.pt"):
+        path.unlink() if path.parent != other.folder else None
+    flags = ["--init_from", start, "--resume", "auto", *data_flags(trainer.data), "--output_dir", trainer.output,
+             *"--batch_size 2 --sequence_length 32 --num_iterations 2 --device cpu".split()]
+    first = trainer.main(*flags)
+    assert first.code == 0 and "fresh start" in first.out and f"weights from {start}" in first.out
+    again = trainer.main(*flags, "--num_iterations", 4)
+    assert again.code == 0 and again.folder is None and column(steps(first.folder), "step") == [1, 2, 3, 4]
+    both = trainer.main(*trainer.flags("--init_from", start, "--resume", start))
+    assert both.code == 2 and "resume and init_from both" in both.err
+    nothing = trainer.main(*trainer.flags("--init_from", trainer.data))
+    assert nothing.code == 2 and "tools/hf.py import" in nothing.err
+    same = trainer.main(*flags[:2], *flags[4:], "--n_embd", 32)  # which asks for no heads of size 64
+    assert same.code == 0

@@ -8,6 +8,8 @@ After -- stand the variant's flags, as train_gpt2_mod.py takes them. Its share o
 stay (a typed --ffn_hidden too); the width becomes what comes nearest with heads of a size that is a multiple of 8. Both
 networks are counted with one vocabulary: --vocab_size of the flags, else the baseline's.
 """
+import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
@@ -73,7 +75,10 @@ def plan(how, preset, argv):
     script.require(not shaping, f"{', '.join(shaping)} would change the width again; type the network's own flags")
     vocab_size = typed.get("vocab_size", script.GPTConfig(**script.base_configs[preset]).vocab_size)
     config, run, variant = build(typed, vocab_size)
-    baseline = build(dict(model=preset, sequence_length=run.sequence_length), vocab_size)[2]
+    same = dict(model=preset, sequence_length=run.sequence_length)
+    if script.base_configs[preset].get("position") == "learned":
+        same["n_positions"] = max(run.sequence_length, script.GPTConfig.n_positions)
+    baseline = build(same, vocab_size)[2]
 
     def size(model):
         return model.parameter_count() if how == "params" else model.flops_per_token(run.sequence_length)
@@ -84,9 +89,10 @@ def plan(how, preset, argv):
 
     fitting = match(typed, config, size(baseline), lambda flags: size(build({**typed, **flags}, vocab_size)[2]))
     matched = build({**typed, **fitting}, vocab_size)[2]
-    kept = {name: value for name, value in typed.items() if name not in fitting}
-    typed_flags = " ".join(f"--{name} {value}" if value not in (True, False) else f"--{'no_' * (not value)}{name}"
-                           for name, value in kept.items())
+    once = {f.name for f in dataclasses.fields(script.Shorthand)}
+    kept = [[f"--{name}", str(value)] if not isinstance(value, bool) else [f"--{'no_' * (not value)}{name}"]
+            for name, value in typed.items() if name not in fitting.keys() | once]
+    typed_flags = shlex.join(sum(kept, []))
     return [
         f"at sequence_length={run.sequence_length} and a vocabulary of {vocab_size:,}:",
         line(f"baseline {preset}", baseline), line("variant as typed", variant),
