@@ -182,7 +182,7 @@ class GPTConfig:
         aliases=("use_gradient_checkpointing",), rebuilds=False,
     )
     precision: str = option(
-        "bf16", "what matrix products compute in (unset: bf16 on CUDA that has it, else fp32)",
+        "bf16", "what matrix products compute in (unset: bf16 on CUDA that has it, else fp32; amp: bf16, else fp16)",
         choices=("fp32", "bf16", "fp16", "fp8"), switches=dict(use_fp8="fp8", use_amp="amp"), rebuilds=False,
     )
 
