@@ -1746,6 +1746,8 @@ def save_checkpoint(state, config, run, world, run_id):
         if world.is_main:
             write_atomically(path, lambda f: torch.save(content, f))
     except (OSError, RuntimeError) as e:  # torch.save has the second for a full disk
+        if isinstance(e.__context__, KeyboardInterrupt):  # in the midst of writing, which torch.save complains of
+            raise e.__context__
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise DataError(f"{path} cannot be written ({reason}); what was saved before it is whole: free some "
                         "space and go on with --resume auto") from e
@@ -1764,7 +1766,7 @@ def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
             warnings.simplefilter("ignore")  # an error of one line is to come
             content = torch.load(path, map_location="cpu", weights_only=True)
         complete = content["format"] == 1 and parts <= set(content)
-        if not complete and WEIGHTS <= set(content):
+        if content["format"] == 1 and not complete and WEIGHTS <= set(content):
             raise ConfigError(f"{flag}={path} holds weights and no training state; start from them with --init_from")
         content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
         content["run"]["model"]  # all that --init_from needs of it

@@ -80,7 +80,7 @@ REFUSED = [
     ("--kv_rank 8", NO_SHARDS, "kv_rank=8 would be ignored", "add --mixer latent"),
     ("--model sized --rope_head_dim 8", NO_SHARDS, "rope_head_dim=8 would be ignored", "add --mixer latent"),
     ("--model gpt2 --sequence_length 2048", NO_SHARDS, "sequence_length=2048 is longer than the n_positions=1024",
-     "lower it, or add --position rope"),
+     "lower it, or start a network with --position rope"),
     ("--model gpt2 --n_positions 64 --sequence_length 65", NO_SHARDS, "sequence_length=65 is longer than the n_pos",
      "--position rope"),
     ("--model gpt2 --n_positions 0 --sequence_length 8", NO_SHARDS, "sequence_length=8 is longer|n_positions=0",

@@ -129,3 +129,18 @@ def test_an_interruption_is_one_line(trainer):
     (folder,) = trainer.output.iterdir()
     for name in checkpoints(folder):
         assert torch.load(folder / name, weights_only=True)["format"] == 1
+
+
+def test_an_interruption_while_a_checkpoint_is_written_is_one_line(trainer, monkeypatch):
+    """torch.save complains of what it could not finish, and that hides what stopped it."""
+
+    def interrupted(content, file):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    result = trainer.main(*trainer.flags())
+    assert result.code == 130 and result.err.startswith("interrupted: ") and result.err.count("\n") == 1
+    assert not list(result.folder.glob("*.pt")) and not list(result.folder.glob(".*tmp"))
