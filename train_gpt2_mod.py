@@ -113,7 +113,7 @@ def require(condition, message):
 
 def unknown_choice(name, value, choices):
     close = difflib.get_close_matches(str(value), choices, 1)
-    listed = f"choose one of {', '.join(choices)}" if len(choices) < 12 else "--help lists them"
+    listed = f"choose one of {', '.join(choices)}" if len(choices) < 12 else "train_gpt2_mod.py --help lists them"
     hint = f"did you mean {close[0]}?" if close else listed
     return f"{name}={value} is not known; {hint}"
 
@@ -516,7 +516,7 @@ def rule_kernels(fields, typed, machine):
     require(kernel == "auto" or not fields["window"], f"attention={kernel} would be ignored: window={fields['window']} "
             "has a kernel of its own; drop one of the two")
     require(cuda or kernel in ("auto", "math"), f"attention={kernel} needs CUDA, and this run is on "
-            f"{machine.device_type}; drop it")
+            f"{machine.device_type}; drop it, or in a resume add --attention auto")
     require(mode == "default" or cuda or fields["compile"], f"compile_mode={mode} would be ignored: on "
             f"{machine.device_type} nothing is compiled unless you add --compile")
     require(not typed.get("empty_cache_every") or machine.device_type != "cpu", "empty_cache_every would be ignored: "
@@ -1283,8 +1283,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_by_part(self, T):
-        """FLOPs of a token of training, forward and backward, by part: 6 a weight of a matrix product, and attention's
-        own. The head's matrix counts once for each time that it is used."""
+        """FLOPs of a token of training, forward and backward, by part: 6 a parameter of attention and MLP, biases too,
+        and attention's own. The head's matrix counts once for each time that it is used; tables and norms do not."""
         blocks = [*self.transformer.h, *self.mtp_blocks.values()]
         weights = {part: sum(p.numel() for block in blocks for p in getattr(block, part).parameters())
                    for part in ("attn", "mlp")}
@@ -1294,7 +1294,7 @@ class GPT(nn.Module):
         )
 
     def flops_per_token(self, T):
-        """FLOPs of a token of training, forward and backward: 6 a parameter and the attention's own, as PaLM counts."""
+        """FLOPs of a token of training, forward and backward, as PaLM counts them."""
         return sum(self.flops_by_part(T).values())
 
 
