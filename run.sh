@@ -34,7 +34,7 @@ test | test-all)
         echo "$stamp" >.venv/.stamp-dev
     fi
     [ "$name" = test ] && set -- -m 'not slow' "$@"
-    python -m pytest tests "$@"
+    python -m pytest tests -n auto --maxprocesses 8 "$@"
     ;;
 nocap)
     "${launch[@]}" --model d12 --batch_size 16 --sequence_length 1024 --total_batch_size 524288 --num_iterations 4768 \

@@ -13,13 +13,16 @@ Sections: Config - World and log - Model - Numerics - Loss - Optimizer and sched
 Training - main
 """
 import argparse
+import collections
 import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import fractions
 import gc
 import glob
+import hashlib
 import json
 import math
 import os
@@ -28,7 +31,9 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -54,8 +59,13 @@ HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a n
 HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matrix kernels like round shapes
 WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 16 bytes; float8 kernels refuse others
 NORM_EPS = 1e-6
+NAN_POLICIES = ("stop", "skip", "rollback")
+CHECKED_TOKENS = 2**22  # read at once when a shard's ids are checked: 8 MiB
+MOST_ROLLBACKS = 3  # to one checkpoint
+MEMORY_SHARE = 0.9  # of the free memory, which --batch_size auto fills by the plan
 IGNORED = -1  # a target that counts neither in the loss nor in its mean
 LARGEST = 10**12  # of a whole number in the configuration: what is above it is a slip, and would overflow somewhere
+WANDB_PATIENCE = 60  # seconds that W&B has to start, and to send its last records
 TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
 
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the device's
@@ -74,15 +84,36 @@ ATTENTION_KERNELS = {
 
 
 class ConfigError(ValueError):
-    """The user's flags or environment ask for something that cannot be done."""
+    """The user's flags, environment or machine cannot do what was asked."""
+
+    exit_code = 2
 
 
 class DataError(ValueError):
     """A shard or a checkpoint is not what it should be."""
 
+    exit_code = 2
+
 
 class DivergedError(RuntimeError):
-    """The loss stopped being a number."""
+    """The loss or the gradient stopped being a number."""
+
+    exit_code = 1
+
+
+class LostError(RuntimeError):
+    """Another process of this run is gone."""
+
+    exit_code = 1
+
+
+class Stopped(Exception):
+    """A signal ended training early, in good order."""
+
+    exit_code = 75  # sysexits.h's "try again"
+
+
+KNOWN_ENDINGS = ConfigError, DataError, DivergedError, LostError, Stopped
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -104,6 +135,10 @@ def number(text):
         return float(fractions.Fraction(text)) if "/" in text else float(text)
     except ArithmeticError as e:  # 8/0
         raise ValueError(text) from e
+
+
+def number_or_auto(text):
+    return text if text == "auto" else int(text)
 
 
 def require(condition, message):
@@ -278,7 +313,10 @@ class TrainConfig:
     input_bin: str = option("data/fineweb10B/fineweb_train_*.bin", "training shards (a glob pattern, quoted)")
     input_val_bin: str = option("data/fineweb10B/fineweb_val_*.bin", "validation shards; empty: no validation")
     output_dir: str = option("logs", "folder of runs; each run makes its own folder in it")
-    batch_size: int = option(8, "sequences in a micro-batch of one process")
+    batch_size: int = option(
+        8, "sequences in a micro-batch of one process; auto: the most that fits and divides --total_batch_size",
+        parse=number_or_auto,
+    )
     sequence_length: int = option(1024, "tokens in a sequence")
     grad_accumulation_steps: int = option(
         0, "micro-batches a step, over all processes together (unset: one per process)",
@@ -301,10 +339,21 @@ class TrainConfig:
     shuffle: bool = option(False, "permute the sequences in each epoch, by seed and epoch")
     val_loss_every: int = option(250, "steps between validations; 0: only after the last step")
     val_tokens: int = option(1_048_576, "targets in a validation, the first of the shards")
-    val_batch_size: int = option(0, "sequences in a validation batch of one process; 0: batch_size")
+    val_batch_size: int = option(
+        0, "sequences in a validation batch of one process; 0: batch_size, with --batch_size auto what fits"
+    )
     target_val_loss: float = option(0.0, "stop when the validation loss is at most this; 0: never")
-    save_every: int = option(0, "steps between checkpoints; 0: only after the last step")
+    save_every: int = option(0, "steps between checkpoints, beside those before a validation and at the end")
+    save_every_minutes: float = option(0.0, "minutes between checkpoints; 0: the steps alone decide")
+    keep_last: int = option(0, "newest checkpoints kept; 0: two, and all that --save_every asked for")
     save_checkpoints: bool = option(True, "write no checkpoints")
+    nan_policy: str = option(
+        "skip", "when the loss is not finite: stop, skip up to nan_limit updates, or then rollback to a checkpoint",
+        choices=NAN_POLICIES,
+    )
+    nan_limit: int = option(5, "updates skipped in a row that end the run, or roll it back")
+    deterministic: bool = option(False, "only kernels that give the same bits each time: slower, for a bitwise resume "
+                                 "on a GPU or compiled")
     log_every: int = option(10, "steps between lines on the console (the log file and metrics.jsonl have every step)")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     compile: bool = option(None, "torch.compile the model (unset: on CUDA)", aliases=("use_compile",))
@@ -322,7 +371,7 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self)
         counts = ("batch_size", "sequence_length", "grad_accumulation_steps", "num_iterations", "val_tokens",
-                  "log_every")
+                  "log_every", "nan_limit")
         for name in counts:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         fits = self.warmup_iters + self.warmdown_iters <= self.num_iterations
@@ -336,6 +385,13 @@ class TrainConfig:
                 "be ignored; drop it or --no_compile")
         require(fits, f"warmup_iters={self.warmup_iters} + warmdown_iters={self.warmdown_iters} must not exceed "
                 f"num_iterations={self.num_iterations}; shorten them or train longer")
+        require(self.nan_policy != "stop" or self.nan_limit == TrainConfig.nan_limit, f"nan_limit={self.nan_limit} "
+                "would be ignored: nan_policy=stop ends with the first; drop one of the two")
+        require(self.nan_policy != "rollback" or self.save_checkpoints, "nan_policy=rollback goes back to checkpoints; "
+                "drop --no_save_checkpoints")
+        for name in ("save_every", "save_every_minutes", "keep_last"):
+            require(self.save_checkpoints or not getattr(self, name), f"{name}={getattr(self, name)} would be ignored; "
+                    "drop it or --no_save_checkpoints")
         require(self.input_val_bin or not self.target_val_loss, f"target_val_loss={self.target_val_loss} needs a "
                 "validation; name its shards with --input_val_bin")
         project_counts = self.log_wandb or self.wandb_project == TrainConfig.wandb_project
@@ -415,6 +471,7 @@ class Machine(NamedTuple):
     has_bf16: bool
     has_fp8: bool
     vocab_size: int = 0  # of the shards; 0: they are not looked at
+    memory: int = 0  # free bytes of one device; 0: nobody knows
 
 
 ANY_MACHINE = Machine(world_size=1, device_type="cuda", has_bf16=True, has_fp8=True)
@@ -533,6 +590,39 @@ def rule_vocabulary(fields, typed, machine):
     return dict(vocab_size=size), note
 
 
+def rule_batch_size(fields, typed, machine):
+    """--batch_size auto: the largest micro-batch that divides the tokens a step and fits by the memory plan."""
+    if fields["batch_size"] != "auto":
+        return {}, None
+    T, world, tokens = fields["sequence_length"], machine.world_size, typed.get("total_batch_size")
+    tokens = fields.get("tokens_per_step", 0) if tokens is None else tokens
+    require(tokens, "batch_size=auto keeps the tokens a step; say how many with --total_batch_size")
+    require(T >= 1, f"sequence_length={T} must be at least 1")
+    require(tokens >= T * world and tokens % (T * world) == 0, f"total_batch_size={tokens} must be a multiple of "
+            f"sequence_length x processes = {T} x {world}; try {nearest_multiples(tokens, T * world)}")
+    require(machine.memory, "batch_size=auto needs a device that says how much memory is free; type a number")
+    config = GPTConfig(**{f.name: fields[f.name] for f in dataclasses.fields(GPTConfig)})
+    with torch.device("meta"):
+        model = GPT(config)
+    room, row_tokens = MEMORY_SHARE * machine.memory, T * world
+
+    def needed(size, training):
+        run = TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=max(1, tokens // (size * T)))
+        return sum(memory_plan(config, run, model, world, training).values())
+
+    sizes = [size for size in range(1, tokens // row_tokens + 1) if tokens % (size * row_tokens) == 0]
+    size = max((size for size in sizes if needed(size, True) <= room), default=None)
+    require(size, f"batch_size=auto: one sequence of {T} takes {needed(1, True) / 2**20:,.0f} MiB by the memory plan, "
+            f"and there is room for {room / 2**20:,.0f}; add --gradient_checkpointing or lower --sequence_length")
+    changes = dict(batch_size=size)
+    if not fields["val_batch_size"]:
+        most = max(size, fields["val_tokens"] // row_tokens)
+        doubled = (size * 2**i for i in range(most.bit_length()) if size * 2**i <= most)
+        changes["val_batch_size"] = max(s for s in doubled if s == size or needed(s, False) <= room)
+    return changes, (f"batch_size={size}: a plan of {needed(size, True) / 2**20:,.0f} MiB, with room for "
+                     f"{room / 2**20:,.0f}; val_batch_size={changes.get('val_batch_size', fields['val_batch_size'])}")
+
+
 def rule_accumulation(fields, typed, machine):
     """Micro-batches a step, as typed in either way; else as many tokens as a resumed run had; else one per process."""
     per_micro_batch, world = fields["batch_size"] * fields["sequence_length"], machine.world_size
@@ -570,6 +660,7 @@ RULES = (
     (rule_precision, ()),
     (rule_kernels, ()),
     (rule_vocabulary, ()),
+    (rule_batch_size, ()),
     (rule_accumulation, ("total_batch_size",)),
 )
 PRESET_FLAGS = {"model", "gqa_enabled", "kv_head_ratio", "embd_scale"}  # typed, they start from a preset's numbers
@@ -706,13 +797,33 @@ class World:
         cuda = self.device.type == "cuda"
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         fp8 = cuda and torch.cuda.get_device_capability() >= (8, 9)
-        return Machine(self.size, self.device.type, bf16, fp8, vocab_size)
+        return Machine(self.size, self.device.type, bf16, fp8, vocab_size, min(self.gather(self.free_memory())))
+
+    def free_memory(self):
+        """Free bytes of this process's device, 0 where nobody says."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            return min(free, int(total * torch.cuda.get_per_process_memory_fraction()))
+        if self.device.type == "mps":
+            return torch.mps.recommended_max_memory()
+        pages = "SC_AVPHYS_PAGES"
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // self.size if pages in os.sysconf_names else 0
 
     def __enter__(self):
         if self.size > 1:
             require("MASTER_ADDR" in os.environ, f"WORLD_SIZE={self.size} without MASTER_ADDR; launch with torchrun")
-            cuda = self.device.type == "cuda"
-            dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None)
+            cuda, place = self.device.type == "cuda", dict(init_method="env://")
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(self.size) and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+                # After a restart torchrun's store on one machine still holds the addresses of the processes that died,
+                # and the new ones dial them (github.com/pytorch/pytorch/issues/135712): each attempt gets its own keys.
+                store, rank, size = next(dist.rendezvous("env://"))
+                store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+                place = dict(store=store, rank=rank, world_size=size)
+            try:
+                dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None, **place)
+            except RuntimeError as e:
+                raise LostError(f"the {self.size} processes did not all come together "
+                                f"({str(e).strip().splitlines()[0]})") from e
         return self
 
     def __exit__(self, kind, error, trace):
@@ -736,7 +847,7 @@ class World:
     def gather(self, item):
         """The items of all processes in order of rank, on every process."""
         items = [item]
-        if self.size > 1:
+        if dist.is_initialized():
             items = [None] * self.size
             dist.all_gather_object(items, item)
         return items
@@ -790,6 +901,46 @@ class World:
         return f"{count} on {self.device.type} ({name}), {torch.get_num_threads()} CPU threads"
 
 
+class StopSignals:
+    """The signals that end training in good order: SIGTERM, SIGINT (Ctrl-C) and SIGUSR1. `asked` names the first that
+    came, None before; the loop looks at it after each step.
+
+    Another one ends the process at once, whatever it is waiting for; within REPEATED seconds of the first it counts as
+    the same, since a terminal and torchrun both pass a Ctrl-C on. Python's handlers only run when the main thread is
+    next in Python, so a thread of its own reads the signals from a pipe.
+    """
+
+    HANDLED = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+    REPEATED = 1.0
+
+    def __enter__(self):
+        self.asked, self.handlers = None, {}
+        if threading.current_thread() is threading.main_thread():  # Python allows no other to handle signals
+            reading, self.pipe = os.pipe()
+            os.set_blocking(self.pipe, False)
+            self.handlers = {number: signal.signal(number, lambda *_: None) for number in self.HANDLED}
+            self.wakeup = signal.set_wakeup_fd(self.pipe, warn_on_full_buffer=False)
+            threading.Thread(target=self.watch, args=(reading,), daemon=True).start()
+        return self
+
+    def watch(self, reading):
+        first = math.inf
+        while number := os.read(reading, 1):
+            now, number = time.monotonic(), number[0]
+            if number in self.HANDLED and self.asked is None:
+                self.asked, first = signal.Signals(number).name, now
+            elif number in self.HANDLED and now - first > self.REPEATED:
+                os._exit(128 + number)
+        os.close(reading)
+
+    def __exit__(self, *error):
+        if self.handlers:
+            signal.set_wakeup_fd(self.wakeup)
+            os.close(self.pipe)  # which ends the thread
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
 class NullLog:
     """Takes everything, writes nothing: the log of every process but the first, and the base of RunLog."""
 
@@ -799,6 +950,12 @@ class NullLog:
     def record(self, record, steps):
         """One flat record: formatted for the eye, whole for metrics.jsonl and W&B. `steps` is the run's total."""
 
+    def rewind(self, step):
+        """Forget the records of later steps, and this one's validation: they will be done again."""
+
+    def ending(self, reason):
+        """Why the run ends, for the log file: the console has it from main()."""
+
     def summary(self, details):
         """What there is to say of a whole run, as a dict for W&B (the log has it in words)."""
 
@@ -806,14 +963,35 @@ class NullLog:
         """Flush and release."""
 
 
+class GrowingFile:
+    """A text file that is only added to, each line at once. What a full disk does not take waits for the next line."""
+
+    def __init__(self, path):
+        self.file, self.waiting, self.error = open(path, "ab", buffering=0), b"", None
+
+    def write(self, text):
+        self.waiting += text.encode("utf-8", "backslashreplace")
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+            self.error = None
+        except OSError as e:
+            self.error = e
+
+    def close(self):
+        self.write("")
+        self.file.close()
+
+
 class RunLog(NullLog):
     """Console, <run_id>.log, metrics.jsonl and, when asked, W&B. Each step is in all files; on the console every
-    `log_every`-th step stays, and on a terminal the last line shows the steps between."""
+    `log_every`-th step stays, and on a terminal the last line shows the steps between. Nothing that happens to one of
+    them ends training; the console says what did."""
 
-    def __init__(self, folder, log_every, wandb_run=None):
-        self.log_every, self.wandb_run = log_every, wandb_run
-        self.file = open(folder / f"{folder.name}.log", "a", buffering=1, encoding="utf-8", errors="backslashreplace")
-        self.metrics = open(folder / "metrics.jsonl", "a", buffering=1)
+    def __init__(self, folder, lock, log_every, wandb_run=None):
+        self.folder, self.lock, self.log_every, self.wandb_run, self.complained = (
+            folder, lock, log_every, wandb_run, False)
+        self.file, self.metrics = GrowingFile(folder / f"{folder.name}.log"), GrowingFile(folder / "metrics.jsonl")
         self.overwrite = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 
     def text(self, line):
@@ -833,30 +1011,59 @@ class RunLog(NullLog):
     def record(self, record, steps):
         line = format_record(record, steps)
         self.metrics.write(json.dumps(record) + "\n")
-        if self.wandb_run:
-            self.wandb_run.log({k: v for k, v in record.items() if v is not None}, step=record["tokens"])
+        self.tell_wandb("log", {k: v for k, v in record.items() if v is not None}, step=record["tokens"])
         step = record["step"]
-        if "val_loss" in record or step % self.log_every == 0 or step in (1, steps):
+        if "val_loss" in record or record.get("skipped") or step % self.log_every == 0 or step in (1, steps):
             self.text(line)
+        else:
+            self.file.write(line + "\n")
+            if self.overwrite:
+                self.show(line[: shutil.get_terminal_size().columns - 1])
+        error = self.metrics.error or self.file.error
+        if error and not self.complained:
+            self.show(f"{self.folder} cannot be written ({error.strerror}): training goes on, its records wait in "
+                      "memory\n")
+        self.complained = error is not None
+
+    def rewind(self, step):
+        self.metrics.close()
+        trim_metrics(self.folder, step, validated=False)
+        self.metrics = GrowingFile(self.folder / "metrics.jsonl")
+
+    def ending(self, reason):
+        self.file.write(f"{reason}\n")
+
+    def tell_wandb(self, method, *values, **settings):
+        if not self.wandb_run:
             return
-        self.file.write(line + "\n")
-        if self.overwrite:
-            self.show(line[: shutil.get_terminal_size().columns - 1])
+        try:
+            getattr(self.wandb_run, method)(*values, **settings)
+        except Exception as e:  # it raises many kinds
+            self.wandb_run = None
+            self.text(f"W&B failed ({str(e).strip().splitlines()[0]}): training goes on without, metrics.jsonl has all")
 
     def summary(self, details):
-        if self.wandb_run:
-            self.wandb_run.log(details)
+        self.tell_wandb("log", details)
 
     def close(self):
-        self.file.close()
-        self.metrics.close()
-        if self.wandb_run:
-            self.wandb_run.finish()
+        ending = threading.Thread(target=self.tell_wandb, args=("finish",), daemon=True)
+        ending.start()
+        ending.join(WANDB_PATIENCE)
+        if ending.is_alive():
+            self.text(f"W&B has not taken everything in {WANDB_PATIENCE} s; `wandb sync {self.folder}/wandb/run-*` "
+                      "sends the rest")
+        for file in (self.file, self.metrics):
+            file.close()
+            if file.error:
+                self.show(f"{file.file.name} lacks its last lines ({file.error.strerror})\n")
+        self.lock.close()
 
 
 def format_record(record, steps):
     """The console line of a record: `step:S/N | loss L | ... | step_avg:X ms`, or the validation's."""
     head = f"step:{record['step']}/{steps}"
+    if record.get("skipped"):
+        return f"{head} | update skipped: the loss or the gradient is not finite | tokens {record['tokens']:,}"
     if "val_loss" in record:
         parts = [f"val_loss {record['val_loss']:.4f}"]
         if record["mtp_weight"]:
@@ -883,55 +1090,71 @@ def new_run_id(model):
 
 
 def make_run_folder(output_dir, run_id, fresh):
+    """(the run's folder, its log as a file that keeps other processes from the run until it is closed)"""
     folder = Path(output_dir) / run_id
     try:
         folder.mkdir(parents=True, exist_ok=not fresh)
-        with open(folder / f"{run_id}.log", "a"):
-            pass
+        lock = open(folder / f"{run_id}.log", "a")
+        with contextlib.suppress(ImportError):  # on Windows
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise ConfigError(f"{folder} is being trained by another process; stop that one, or start a run of its own "
+                          "without --resume") from e
     except OSError as e:
         raise ConfigError(f"output_dir={output_dir} cannot be written ({e.strerror}); name another folder") from e
-    return folder
+    return folder, lock
 
 
-def trim_metrics(folder, step):
-    """Drop the records of steps that a resumed run will do again."""
+def trim_metrics(folder, step, validated=True):
+    """Drop the records of steps that will be done again, and (not validated) the validation of the last one left."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     kept = []
     for line in lines:
         with contextlib.suppress(ValueError):  # a record cut short by a crash
-            kept += [line] if json.loads(line)["step"] <= step else []
+            record = json.loads(line)
+            kept += [line] if record["step"] <= step - ("val_loss" in record and not validated) else []
     write_atomically(path, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
 
 
 def set_aside(folder, step):
-    """Rename the checkpoints of steps that a resumed run will do again; gives the notes to say so."""
-    later = [path for path in folder.glob("step*.pt") if int(path.stem.removeprefix("step")) > step]
+    """Rename the checkpoints of steps that a resumed run will do again, and remove what a crash left half written;
+    gives the notes to say so."""
+    for unfinished in folder.glob(".step*.pt.tmp"):
+        unfinished.unlink()
+    later = [path for path in folder.glob("step*.pt") if step_of(path) > step]
     for path in later:
         path.replace(path.with_suffix(".pt.aside"))
     return [f"set aside: {path} is now {path.name}.aside" for path in sorted(later)]
 
 
-def open_log(world, config, run, run_id, notes, resumed_at):
+def open_log(world, config, run, run_id, notes, resumed_at, validated):
     """The log of this process. The first one's opens with the run's source, versions and command; that of a run resumed
-    at a step (else None) goes on there."""
+    at a step (else None) goes on there, its validation of that step kept or not."""
     if not world.is_main:
         return NullLog()
     wandb = import_wandb() if run.log_wandb else None  # before there is a folder
-    folder = make_run_folder(run.output_dir, run_id, fresh=resumed_at is None)
+    folder, lock = make_run_folder(run.output_dir, run_id, fresh=resumed_at is None)
     settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run))
-    write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode() + b"\n"))
-    if resumed_at is not None:
-        trim_metrics(folder, resumed_at)
-        notes = notes + set_aside(folder, resumed_at)
-    log = RunLog(folder, run.log_every, start_wandb(wandb, run, run_id, settings, folder) if wandb else None)
+    try:
+        write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode() + b"\n"))
+        if resumed_at is not None:
+            trim_metrics(folder, resumed_at, validated)
+            notes = notes + set_aside(folder, resumed_at)
+        wandb_run, note = start_wandb(wandb, run, run_id, settings, folder) if wandb else (None, None)
+        log = RunLog(folder, lock, run.log_every, wandb_run)
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be written ({e.strerror}); free some space, or name another "
+                          "--output_dir") from e
     if resumed_at is None:
         log.file.write(Path(__file__).read_text() + "\n" + "-" * 100 + "\n")
     log.text(f"run {run_id}: {shlex.join(sys.argv)}")
     versions = f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     log.text(f"{versions}; {world.describe()}")
-    for note in notes:
-        log.text(note)
+    for line in notes + [note] * bool(note):
+        log.text(line)
     return log
 
 
@@ -944,12 +1167,22 @@ def import_wandb():
 
 
 def start_wandb(wandb, run, run_id, settings, folder):
-    flat = {**settings["network"], **settings["run"]}
+    """(W&B's run, a note or None). Where W&B cannot be reached its records stay on the disk."""
+    flat, note = {**settings["network"], **settings["run"]}, None
+    common = dict(project=run.wandb_project, name=run_id, id=run_id, resume="allow", config=flat, dir=folder)
     try:
-        return wandb.init(project=run.wandb_project, name=run_id, id=run_id, resume="allow", config=flat, dir=folder)
+        try:
+            started = wandb.init(**common, settings=wandb.Settings(init_timeout=WANDB_PATIENCE))
+        except (wandb.errors.CommError, OSError) as e:
+            if isinstance(e, wandb.errors.AuthenticationError):
+                raise
+            note = (f"W&B cannot be reached ({str(e).strip().splitlines()[0]}): its records stay in {folder}/wandb; "
+                    "`wandb sync` sends them")
+            started = wandb.init(**common, mode="offline")
     except (wandb.Error, ValueError) as e:
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"log_wandb: W&B does not start ({reason}); set WANDB_MODE=offline, or drop the flag") from e
+    return started, note
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1366,15 +1599,25 @@ class Numerics:
     def backward(self, loss):
         self.scaler.scale(loss).backward()
 
-    def step(self, optimizer, parameters, grad_clip):
-        """Clip, update, forget the gradients. Gives the norm of the gradient before clipping, as a tensor; a step whose
-        scaled gradients overflowed is skipped by the scaler, which then lowers its scale."""
+    def step(self, optimizer, parameters, grad_clip, loss):
+        """Clip, update, forget the gradients. Gives the norm of the gradient before clipping, as a tensor.
+
+        Where the norm or the loss (the mean over the processes, so that all agree) is not finite, weights and optimizer
+        stay as they are. With fp16 that is the scaler's decision, which then lowers its scale; torch's fused optimizers
+        take such a verdict as a tensor, so that on a GPU nobody waits for it; elsewhere the host looks."""
         self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if grad_clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
+        finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif optimizer.defaults.get("fused"):
+            optimizer.found_inf = (~finite).float()
+            optimizer.step()
+        elif finite:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return grad_norm
 
@@ -1465,7 +1708,7 @@ def apply_plan(row, model, optimizer):
 
 
 class TokenShards:
-    """The tokens of all shards that match a pattern, in order of name, joined end to end and memory-mapped.
+    """The tokens of all shards that match a pattern, in order of name, joined end to end.
 
     A shard is llm.c's: 256 little-endian int32 (magic, version, number of tokens, vocabulary size or 0 for GPT-2's,
     zeros), then the tokens as uint16. Raises DataError for a shard that is not one.
@@ -1478,16 +1721,16 @@ class TokenShards:
             raise DataError(f"no file matches '{pattern}'; python data/fineweb.py 1 fetches a first shard of FineWeb, "
                             "python data/prepare.py makes shards of your own text")
         opened = [self.open(path) for path in self.files]
-        self.shards, sizes = [shard for shard, _ in opened], {size for _, size in opened}
+        counts, sizes = [count for count, _ in opened], {size for _, size in opened}
         if len(sizes) > 1:
             raise DataError(f"'{pattern}' matches shards of vocabularies {sorted(sizes)}; narrow it to one tokenizer's")
         self.vocab_size = sizes.pop()
-        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        self.starts = np.cumsum([0] + counts)
         self.total = int(self.starts[-1])
 
     @staticmethod
     def open(path):
-        """(memory-mapped tokens, vocabulary size) of one shard, its header checked against its length."""
+        """(number of tokens, vocabulary size) of one shard, its header checked against its length."""
         if not os.path.isfile(path):
             raise DataError(f"{path} cannot be read (not a file); mend or remove it")
         try:
@@ -1509,28 +1752,42 @@ class TokenShards:
                             "fetch it again")
         if tokens == 0:
             raise DataError(f"{path} holds no tokens; remove it")
-        return np.memmap(path, "<u2", "r", SHARD_HEADER_BYTES), int(header[3]) or GPT2_VOCAB_SIZE
+        return tokens, int(header[3]) or GPT2_VOCAB_SIZE
 
     def check_ids(self, rank=0, world_size=1):
         """Raise DataError for a token id past the vocabulary: on a GPU it would be a crash without a name. Each process
         reads its share of the shards."""
 
         def check(i):
-            largest = int(self.shards[i].max())
-            if largest >= self.vocab_size:
-                where = int(np.argmax(self.shards[i] >= self.vocab_size))
-                raise DataError(f"{self.files[i]}: token {where} is {self.shards[i][where]}, past the vocabulary of "
-                                f"{self.vocab_size}; make the shard again with its own tokenizer")
+            for first in range(0, int(self.starts[i + 1] - self.starts[i]), CHECKED_TOKENS):
+                tokens = self.read_shard(i, first, CHECKED_TOKENS, exactly=False)
+                if tokens.max() >= self.vocab_size:
+                    where = int(np.argmax(tokens >= self.vocab_size))
+                    raise DataError(f"{self.files[i]}: token {first + where} is {tokens[where]}, past the vocabulary "
+                                    f"of {self.vocab_size}; make the shard again with its own tokenizer")
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(check, range(rank, len(self.shards), world_size)))
+            list(pool.map(check, range(rank, len(self.files), world_size)))
+
+    def read_shard(self, i, first, count, exactly=True):
+        """Tokens [first, first + count) of shard i as uint16; not exactly: as many of them as there are. Read and not
+        mapped, since a mapped file that is cut short kills whoever reads it."""
+        path = self.files[i]
+        try:
+            tokens = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * first)
+        except OSError as e:
+            raise DataError(f"{path} cannot be read any more ({e.strerror}); bring it back") from e
+        if len(tokens) < (count if exactly else 1):
+            raise DataError(f"{path} was cut short while in use: its token {first + len(tokens)} is gone; make or "
+                            "fetch it again")
+        return tokens
 
     def read(self, start, count):
         """Tokens [start, start + count) of the joined shards, as int64."""
         pieces = []
         while count > 0:
             i = int(np.searchsorted(self.starts, start, side="right")) - 1
-            piece = self.shards[i][start - self.starts[i] :][:count]
+            piece = self.read_shard(i, start - int(self.starts[i]), min(count, int(self.starts[i + 1]) - start))
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces).astype(np.int64)
@@ -1550,14 +1807,19 @@ class DistributedDataLoader:
 
     Row i of an epoch is tokens [iT, iT + T + lookahead) of the joined shards; with shuffle the rows are permuted by
     (seed, epoch). A step takes the next rows, in micro-batches that the processes take in turn: so a step trains on the
-    same rows for any number of processes. An epoch ends where a whole step no longer fits. The next batch is read and
-    copied while the device computes with the one before.
+    same rows for any number of processes. An epoch ends where a whole step no longer fits. The next batch is copied
+    while the device computes with the one before.
+
+    The rows of the three steps to come are read ahead: what cannot be read then stands in `error`, and the processes
+    have time to stop together and save before it is missed (on a GPU each hears of the others two steps later).
     """
 
     def __init__(self, shards, run, lookahead, world):
         self.shards, self.lookahead, self.world, self.device = shards, lookahead, world, world.device
         self.B, self.T, self.micro_batches = run.batch_size, run.sequence_length, run.grad_accumulation_steps
-        self.seed = run.seed if run.shuffle else None
+        self.seed, self.tokens_per_step = run.seed if run.shuffle else None, run.tokens_per_step
+        self.turns = range(world.rank, self.micro_batches, world.size)
+        self.epoch_order = None, None  # epoch, its permutation
         needed = run.tokens_per_step + lookahead
         if needed > shards.total:
             raise DataError(f"a step of {run.tokens_per_step:,} tokens (and {lookahead} ahead) is larger than the "
@@ -1571,34 +1833,58 @@ class DistributedDataLoader:
     def load_state_dict(self, state):
         self.cursor = dict(state)
         self.batches = self.iterate(state["epoch"], state["tokens"])
-        self.ahead = None
+        self.queue, self.ahead, self.error = collections.deque(), None, None
 
     def next_batch(self):
-        """(inputs (B, T), {"target_k": (B, T)}), token ids on the device."""
-        x, targets, self.cursor = self.ahead or next(self.batches)
-        self.ahead = next(self.batches)
+        """(inputs (B, T), {"target_k": (B, T)}), token ids on the device. Raises DataError for shards that cannot be
+        read any more."""
+        self.read_ahead()
+        x, targets, self.cursor = self.ahead or self.upload()
+        self.read_ahead()
+        self.ahead = self.upload() if self.queue else None
         return x, targets
 
-    def iterate(self, epoch, tokens):
-        tokens_per_step = self.B * self.T * self.micro_batches
-        order = self.order(epoch)
-        while True:
-            if tokens + tokens_per_step + self.lookahead > self.shards.total:
-                epoch, tokens = epoch + 1, 0
-                order = self.order(epoch)
-            turns = range(self.world.rank, self.micro_batches, self.world.size)
-            for turn in turns:
-                first = tokens // self.T + turn * self.B
-                rows = range(first, first + self.B) if order is None else order[first : first + self.B]
-                batch = np.stack([self.shards.read(int(row) * self.T, self.T + self.lookahead) for row in rows])
-                done = tokens + (tokens_per_step if turn == turns[-1] else 0)
-                yield *to_device(batch, self.T, self.lookahead, self.device), dict(epoch=epoch, tokens=done)
-            tokens += tokens_per_step
+    def read_ahead(self):
+        while self.error is None and len(self.queue) <= 3 * len(self.turns):
+            try:
+                self.queue.append(next(self.batches))
+            except DataError as e:
+                self.error = e
 
-    def order(self, epoch):
+    def upload(self):
+        if not self.queue:
+            raise self.error
+        rows, cursor = self.queue.popleft()
+        return *to_device(rows, self.T, self.lookahead, self.device), cursor
+
+    def iterate(self, epoch, tokens):
+        """This process's batches, as rows (B, T + lookahead), each with the cursor after it."""
+        while True:
+            epoch, tokens, rows = self.rows_of_step(epoch, tokens)
+            for turn in self.turns:
+                done = tokens + (self.tokens_per_step if turn == self.turns[-1] else 0)
+                yield self.read_rows(rows[turn * self.B : (turn + 1) * self.B]), dict(epoch=epoch, tokens=done)
+            tokens += self.tokens_per_step
+
+    def rows_of_step(self, epoch, tokens):
+        """(epoch, tokens, row numbers) of the step that a cursor stands before."""
+        if tokens + self.tokens_per_step + self.lookahead > self.shards.total:
+            epoch, tokens = epoch + 1, 0
+        places = np.arange(self.B * self.micro_batches) + tokens // self.T
         if self.seed is None:
-            return None
-        return np.random.default_rng((self.seed, epoch)).permutation((self.shards.total - self.lookahead) // self.T)
+            return epoch, tokens, places
+        if self.epoch_order[0] != epoch:
+            count = (self.shards.total - self.lookahead) // self.T
+            self.epoch_order = epoch, np.random.default_rng((self.seed, epoch)).permutation(count)
+        return epoch, tokens, self.epoch_order[1][places]
+
+    def read_rows(self, numbers):
+        """Rows by their numbers, as int64 (len(numbers), T + lookahead)."""
+        width, first = self.T + self.lookahead, int(numbers[0])
+        if self.seed is None:  # they lie side by side
+            tokens = self.shards.read(first * self.T, (len(numbers) - 1) * self.T + width)
+            return np.lib.stride_tricks.sliding_window_view(tokens, width)[:: self.T].copy()
+        return np.stack([self.shards.read(int(number) * self.T, width) for number in numbers])
 
 
 def validation_batches(shards, run, lookahead, world):
@@ -1644,6 +1930,27 @@ def parallelize(model, run, world, log):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 means to rename broadcast_buffers
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(wanted):
+    """Run what is inside with kernels that give the same bits each time; compiled ones are then not chosen by timing
+    them. Not wanted: with any."""
+    if not wanted:
+        yield
+        return
+    import torch._inductor.config as inductor  # a second that others need not wait
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it did not write
+        with inductor.patch(deterministic=True):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 @contextlib.contextmanager
@@ -1698,13 +2005,14 @@ class TrainState:
     step: int = 0
     tokens: int = 0  # trained on, over all processes
     seconds: float = 0.0  # of training, over all sittings
+    skipped: int = 0  # updates in a row, up to the last step
 
     def state_dict(self, world):
         cuda = [torch.cuda.get_rng_state()] if world.device.type == "cuda" else []
         return dict(
             model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), loader=self.loader.state_dict(),
             scaler=self.numerics.scaler.state_dict(), rng=world.gather([torch.get_rng_state(), *cuda]),
-            step=self.step, tokens=self.tokens, seconds=self.seconds,
+            step=self.step, tokens=self.tokens, seconds=self.seconds, skipped=self.skipped,
         )
 
     def load_state_dict(self, state, world):
@@ -1713,6 +2021,7 @@ class TrainState:
         self.numerics.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.skipped = state["skipped"]
         if len(state["rng"]) == world.size:  # else the processes are others, and a stream each cannot be kept
             cpu, *cuda = state["rng"][world.rank]
             torch.set_rng_state(cpu)
@@ -1737,46 +2046,212 @@ def write_atomically(path, write):
     os.close(folder)
 
 
-def save_checkpoint(state, config, run, world, run_id):
-    """Write <output_dir>/<run_id>/step000000.pt; every process takes part, the first one writes. Gives the path."""
-    path = Path(run.output_dir) / run_id / f"step{state.step:06d}.pt"
-    content = state.state_dict(world)
-    content.update(format=1, run_id=run_id, network=dataclasses.asdict(config), run=dataclasses.asdict(run))
-    try:
-        if world.is_main:
-            write_atomically(path, lambda f: torch.save(content, f))
-    except (OSError, RuntimeError) as e:  # torch.save has the second for a full disk
-        if isinstance(e.__context__, KeyboardInterrupt):  # in the midst of writing, which torch.save complains of
-            raise e.__context__
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        raise DataError(f"{path} cannot be written ({reason}); what was saved before it is whole: free some "
-                        "space and go on with --resume auto") from e
-    return path
+class Hashing:
+    """A file to write to, and the SHA-256 of what was written."""
+
+    def __init__(self, file):
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data):
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+CHECKSUM_BYTES = 2 + len("sha256:") + 64  # a zip file ends with the length of its comment and the comment
+
+
+def write_checkpoint(path, content):
+    """Write what torch.save makes of the content, a zip file, with the SHA-256 of all before it as its comment:
+    torch.load reads it, unzip reads it, and verify_checksum() sees each flipped bit, which torch.load does not."""
+
+    def write(f):
+        hashing = Hashing(f)
+        torch.save(dict(content, format=2), hashing)
+        comment = f"sha256:{hashing.sha256.hexdigest()}".encode()
+        f.seek(-2, os.SEEK_END)
+        f.write(len(comment).to_bytes(2, "little") + comment)
+
+    write_atomically(path, write)
+
+
+def verify_checksum(path):
+    """Raise DataError for a file that is not as write_checkpoint() left it."""
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as f:
+        left = os.fstat(f.fileno()).st_size - CHECKSUM_BYTES
+        while piece := f.read(max(0, min(left, 2**20))):
+            sha256.update(piece)
+            left -= len(piece)
+        end = f.read()
+    sha256.update(bytes(2))
+    if end[2:] != f"sha256:{sha256.hexdigest()}".encode():
+        what = "is damaged: its SHA-256 is another" if end[2:9] == b"sha256:" else "is cut short, or no checkpoint"
+        raise DataError(f"{path} {what}; name another")
+
+
+def step_of(path):
+    """The step in a checkpoint's name, step000000.pt; -1 for another name."""
+    digits = path.stem.removeprefix("step")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def checkpoints_of(folder):
+    """The checkpoints in a run's folder, the one of the most steps first."""
+    return sorted((path for path in folder.glob("step*.pt") if step_of(path) >= 0), key=step_of, reverse=True)
+
+
+def environment(world):
+    """What a resume must have in common with the run before it to be bitwise the same, beside the configuration."""
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return dict(torch=str(torch.__version__), device=name, processes=world.size, threads=torch.get_num_threads(),
+                source=source)
+
+
+class Saver:
+    """Saves the checkpoints of a run as <output_dir>/<run_id>/step000000.pt. Training waits for a copy of its state in
+    host memory; the file is written in the background, one at a time. A write that fails is said and ends nothing, but
+    for the last one; what was saved before it is whole."""
+
+    def __init__(self, model, config, run, world, log, run_id, resumed_at):
+        self.bytes = 12 * model.parameter_count()  # weights and two means of AdamW's, in fp32
+        self.run, self.world, self.log = run, world, log
+        self.settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run), run_id=run_id,
+                             made_by=environment(world))
+        self.folder = Path(run.output_dir) / run_id
+        self.newest = self.folder / f"step{resumed_at:06d}.pt" if resumed_at is not None else None  # that is whole
+        self.saved_step, self.writing, self.copies, self.error = resumed_at, None, {}, None
+        self.mark, self.waited, self.rollbacks = time.monotonic(), 0.0, 0  # of and since the last save
+
+    def __enter__(self):
+        self.pool = ThreadPoolExecutor(1)
+        free = shutil.disk_usage(self.folder).free if self.world.is_main and self.run.save_checkpoints else math.inf
+        if free < self.bytes:
+            self.log.text(f"{self.folder} has {free / 2**20:,.0f} MiB free, and a checkpoint takes "
+                          f"{self.bytes / 2**20:,.0f}: free some space before the first one")
+        return self
+
+    def __exit__(self, *error):
+        self.finish()
+        self.pool.shutdown()
+
+    def due(self):
+        """Whether --save_every_minutes asks for a checkpoint."""
+        minutes = self.run.save_every_minutes
+        return self.run.save_checkpoints and minutes > 0 and time.monotonic() - self.mark >= 60 * minutes
+
+    def save(self, state):
+        """Save the state, if it is not saved yet; every process takes part, the first one writes."""
+        if not self.run.save_checkpoints or state.step == self.saved_step:
+            return
+        self.saved_step, self.mark, self.rollbacks = state.step, time.monotonic(), 0
+        content = dict(state.state_dict(self.world), **self.settings)
+        if not self.world.is_main:
+            return
+        self.finish()
+        content = self.copy(content)
+        self.world.synchronize()
+        self.waited = time.monotonic() - self.mark
+        path = self.folder / f"step{state.step:06d}.pt"
+        self.writing = path, self.pool.submit(self.write, path, content)
+
+    def copy(self, value, place="", done=None):
+        """Nested values with their tensors in host memory, where each place has its own for the whole run. What shares
+        memory shares its copy."""
+        done = {} if done is None else done
+        if isinstance(value, dict):
+            return {key: self.copy(item, f"{place}/{key}", done) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.copy(item, f"{place}/{i}", done) for i, item in enumerate(value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        same = value.data_ptr(), value.shape
+        if same not in done:
+            if place not in self.copies:
+                self.copies[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            done[same] = self.copies[place].copy_(value, non_blocking=True)
+        return done[same]
+
+    def write(self, path, content):
+        """In the background: the file, and what it makes superfluous. Gives the seconds it took."""
+        begin = time.monotonic()
+        needed, free = checkpoint_bytes(content), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} free")
+        write_checkpoint(path, content)
+        every, newest = self.run.save_every, self.run.keep_last or 2
+        for old in checkpoints_of(self.folder)[newest:]:
+            if self.run.keep_last or not every or step_of(old) % every:
+                old.unlink(missing_ok=True)
+        return time.monotonic() - begin
+
+    def look(self):
+        """Say it if a write has ended."""
+        if self.writing and self.writing[1].done():
+            self.finish()
+
+    def finish(self):
+        """Wait for the write, if one is going on, and say how it ended."""
+        if not self.writing:
+            return
+        (path, writing), self.writing = self.writing, None
+        try:
+            took = writing.result()
+            self.newest, self.error = path, None
+            self.log.text(f"saved {path}: training waited {self.waited:.3f} s, the file took {took:.3f} s")
+        except (OSError, RuntimeError, MemoryError) as e:  # torch.save has the second for a full disk
+            self.error = getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
+            kept = f"{self.newest} is whole" if self.newest else "there is none yet"
+            self.log.text(f"{path} was not saved ({self.error}): training goes on, {kept}")
+
+    def finish_last(self):
+        """Wait for the last write. Raises DataError where it failed."""
+        self.finish()
+        if self.error:
+            kept = f"{self.newest} is whole" if self.newest else "there is none before it"
+            raise DataError(f"the last checkpoint was not saved ({self.error}); {kept}: free some space and go on with "
+                            "--resume auto")
+
+
+def checkpoint_bytes(content):
+    """Bytes on the disk of nested content, about."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes + 128
+    items = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return sum(map(checkpoint_bytes, items)) + 1024
 
 
 WEIGHTS = {"model", "network", "run"}  # what --init_from needs of a file; a resume needs all of a checkpoint
-CHECKPOINT = WEIGHTS | {"optimizer", "loader", "scaler", "rng", "step", "tokens", "seconds", "run_id"}
+CHECKPOINT = WEIGHTS | {"optimizer", "loader", "scaler", "rng", "step", "tokens", "seconds", "skipped", "run_id",
+                        "made_by"}
 
 
 def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
     """The content of a checkpoint, on the CPU, its configurations with all of today's fields. Nothing in the file is
     run (weights_only)."""
     try:
+        verify_checksum(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error of one line is to come
             content = torch.load(path, map_location="cpu", weights_only=True)
-        complete = content["format"] == 1 and parts <= set(content)
-        if content["format"] == 1 and not complete and WEIGHTS <= set(content):
+        complete = content["format"] == 2 and parts <= set(content)
+        if content["format"] == 2 and not complete and WEIGHTS <= set(content):
             raise ConfigError(f"{flag}={path} holds weights and no training state; start from them with --init_from")
         content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
         content["run"]["model"]  # all that --init_from needs of it
         if "step" in parts:
             content["run"] = dataclasses.asdict(TrainConfig(**content["run"]))
-    except ConfigError:
-        raise
+            content["step"], content["run_id"] = int(content["step"]), str(content["run_id"])
     except FileNotFoundError as e:
         raise ConfigError(f"{flag}={path} does not exist; name a .pt file of a run's folder"
                           + ", or auto" * (flag == "resume")) from e
+    except (ConfigError, DataError):
+        raise
+    except OSError as e:
+        raise DataError(f"{path} cannot be read ({e.strerror}); name another") from e
     except Exception as e:  # torch.load raises many kinds
         raise DataError(f"{path} cannot be read as a checkpoint ({type(e).__name__}); name another") from e
     if not complete:
@@ -1786,18 +2261,37 @@ def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
 
 def newest_checkpoint(folder):
     """The checkpoint of the most steps in a run's folder, or None."""
-    return max(folder.glob("step*.pt"), key=lambda path: (len(path.name), path.name), default=None)
+    return next(iter(checkpoints_of(folder)), None)
 
 
-def find_checkpoint(output_dir, wanted):
-    """The newest checkpoint of the newest run in output_dir whose network has the wanted values (a dict), or None."""
+def load_newest(paths, fits):
+    """(path, content, notes) of the first of these checkpoints that is whole and whose network fits; path and content
+    None where there is none. Each damaged one is named in the notes. Raises DataError where all are damaged."""
+    notes, whole = [], 0
+    for path in paths:
+        try:
+            content = load_checkpoint(path)
+        except (ConfigError, DataError) as e:
+            notes.append(f"passed over: {e}".removesuffix("; name another"))
+            continue
+        whole += 1
+        if fits(GPTConfig(**content["network"]).network()):
+            return path, content, notes
+    if notes and not whole:
+        raise DataError(f"there is nothing whole to resume ({'; '.join(notes)}); remove them to start afresh")
+    return None, None, notes
+
+
+def candidates(output_dir, fits):
+    """The checkpoints in output_dir, of the newest run first, without runs whose config.json has a network that does
+    not fit."""
     for folder in sorted(Path(output_dir).glob("*/"), key=lambda p: p.name, reverse=True):
-        newest = newest_checkpoint(folder)
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        try:
             network = GPTConfig(**json.loads((folder / "config.json").read_text())["network"]).network()
-            if newest and all(network[k] == v for k, v in wanted.items()):
-                return newest
-    return None
+        except (OSError, ValueError, KeyError, TypeError):
+            network = None  # the checkpoints themselves say
+        if network is None or fits(network):
+            yield from checkpoints_of(folder)
 
 
 def checkpoint_fields(content):
@@ -1831,11 +2325,17 @@ def refuse_other_network(config, origin):
                       f"{getattr(config, other)}); {remedy}")
 
 
-def differences(config, run, content):
+def differences(config, run, content, world):
     """Notes on what else a resumed run does in another way."""
     saved = {**content["network"], **content["run"]}
     now = {**dataclasses.asdict(config), **dataclasses.asdict(run)}
-    return [f"differs from the checkpoint: {k}={v}, was {saved[k]}" for k, v in now.items() if v != saved[k]]
+    notes = [f"differs from the checkpoint: {k}={v}, was {saved[k]}" for k, v in now.items() if v != saved[k]]
+    here, there = environment(world), content["made_by"]
+    other = [f"{k}={v}, was {there.get(k)}" for k, v in here.items() if v != there.get(k) and k != "source"]
+    notes += [f"differs from the checkpoint, so losses go on equal to rounding, not bitwise: {line}" for line in other]
+    if here["source"] != there.get("source"):
+        notes.append("differs from the checkpoint: the script; the run's log has its source of then at its head")
+    return notes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1843,20 +2343,27 @@ def differences(config, run, content):
 
 
 @torch.no_grad()
-def evaluate(model, shards, config, run, world, numerics):
-    """Means in nats over the validation targets: val_loss and val_ntp_loss, of the next token alone and the same for
-    any batch and number of processes; val_mtp_loss, with MTP's auxiliary loss at its present weight (where the last
-    window is cut short, its further targets are fewer, and their weight depends a little on the batch)."""
+def evaluate(model, shards, config, run, world, numerics, signals=None):
+    """Means in nats over the validation targets, None if a process was asked to stop before it had done its share.
+
+    val_loss and val_ntp_loss are of the next token alone and the same for any batch and number of processes;
+    val_mtp_loss has MTP's auxiliary loss at its present weight (where the last window is cut short, its further targets
+    are fewer, and their weight depends a little on the batch)."""
     exact = torch.float32 if world.device.type == "mps" else torch.float64
-    sums = torch.zeros(3, dtype=exact, device=world.device)
+    sums = torch.zeros(4, dtype=exact, device=world.device)
     model.eval()
     for x, targets, count in validation_batches(shards, run, config.lookahead, world):
+        if signals and signals.asked:
+            sums[3] = 1
+            break
         with numerics.autocast():
             _, (main, aux) = model(x, targets, return_logits=False, return_loss_components=True)
         aux = torch.zeros_like(main) if aux is None else aux.nan_to_num()  # a batch of one target has none two ahead
-        sums += count * torch.stack([main, aux, torch.ones_like(main)]).to(exact)
+        sums[:3] += count * torch.stack([main, aux, torch.ones_like(main)]).to(exact)
     model.train()
-    main, aux, count = world.sum(sums).tolist()
+    main, aux, count, stopped = world.sum(sums).tolist()
+    if stopped:
+        return None
     weight = float(model.mtp_weight_buffer) if config.mtp_enabled else 0.0
     ntp, mtp = main / count, (main + weight * aux) / count
     return dict(val_loss=ntp, val_ntp_loss=ntp, val_mtp_loss=mtp, mtp_weight=weight, val_targets=round(count))
@@ -1864,22 +2371,28 @@ def evaluate(model, shards, config, run, world, numerics):
 
 class Meter:
     """Times the steps and reports each. On a GPU a step's numbers are read when the next one is already queued, so that
-    the device never waits for the host. Seconds count training alone: flush() before anything else, resume() after."""
+    the device never waits for the host. Seconds count training alone: flush() before anything else, resume() after.
 
-    def __init__(self, state, config, run, world, log):
-        self.state, self.run, self.world, self.log = state, run, world, log
+    With the numbers come the requests: what any process has asked of all, which they so see after the same step."""
+
+    REQUESTS = ("stop", "save", "data")  # by a signal; by the clock; since shards cannot be read
+
+    def __init__(self, state, run, world, log, run_id):
+        self.state, self.run, self.world, self.log, self.run_id = state, run, world, log, run_id
         self.flops_per_token = state.model.flops_per_token(run.sequence_length)
         self.peak_flops = world.peak_flops()
-        self.pending = None
+        self.pending, self.requests, self.rollback = None, set(), False
         self.count, self.total, self.first = 0, 0.0, []  # steps of this process, their seconds, those of the first few
         self.resume()
 
     def resume(self):
         self.mark = time.perf_counter()
 
-    def submit(self, step, tokens, loss, grad_norm, row):
-        read = self.world.read_later(torch.stack([self.world.mean(loss), grad_norm]))
-        previous, self.pending = self.pending, (step, tokens, read, row)
+    def submit(self, numbers, grad_norm, row, cursor):
+        """The step that was just queued: its loss and the requests, the same on all processes, as a tensor; the norm of
+        its gradient; its plan; the data cursor before it."""
+        read = self.world.read_later(torch.cat([numbers, grad_norm[None]]))
+        previous, self.pending = self.pending, (self.state.step, self.state.tokens, read, row, cursor)
         if previous:
             self.report(*previous)
         if self.world.device.type != "cuda":  # the host has waited already
@@ -1897,8 +2410,9 @@ class Meter:
         skipped = min(len(self.first), self.count - 1)
         return (self.total - sum(self.first[:skipped])) / (self.count - skipped)
 
-    def report(self, step, tokens, read, row):
-        loss, grad_norm = read()
+    def report(self, step, tokens, read, row, cursor):
+        loss, *asked, grad_norm = read()
+        self.requests.update(name for name, count in zip(self.REQUESTS, asked) if count)
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
         self.count, self.total = self.count + 1, self.total + seconds
@@ -1906,31 +2420,53 @@ class Meter:
         self.state.seconds += seconds
         if self.count == 1:
             self.log.text(f"first step done after {seconds:.1f} s, with what compiles and allocates")
-        overflow = not math.isfinite(grad_norm)  # with a scaler only a skipped step
-        if not math.isfinite(loss) or (overflow and not self.state.numerics.scaler.is_enabled()):
-            raise DivergedError(f"the loss of step {step} is {loss}, its gradient norm {grad_norm}; training stopped "
-                                "and nothing was saved after it: lower --learning_rate or lengthen --warmup_iters")
+        overflow = not math.isfinite(grad_norm)  # with a scaler only a step that lowers its scale
+        skipped = not math.isfinite(loss) or (overflow and not self.state.numerics.scaler.is_enabled())
         rate = self.run.tokens_per_step / self.step_average
         per_gpu = rate * self.flops_per_token / self.world.size
-        self.log.record(
-            dict(
-                step=step, train_loss=loss, lr=row.lr, grad_norm=None if overflow else grad_norm,
-                mtp_weight=row.mtp_weight, tokens=tokens, tokens_per_second=rate,
-                mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
-                step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
-                seconds_left=(self.run.num_iterations - step) * self.step_average,
-            ),
-            self.run.num_iterations,
+        record = dict(
+            step=step, train_loss=loss, lr=row.lr, grad_norm=None if overflow else grad_norm,
+            mtp_weight=row.mtp_weight, tokens=tokens, tokens_per_second=rate,
+            mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
+            step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
+            seconds_left=(self.run.num_iterations - step) * self.step_average,
         )
+        if skipped:
+            record.update(train_loss=None, skipped=True)
+        self.log.record(record, self.run.num_iterations)
+        self.state.skipped = self.state.skipped + 1 if skipped else 0
+        if skipped:
+            self.judge(step, loss, grad_norm, cursor)
+
+    def judge(self, step, loss, grad_norm, cursor):
+        """What follows from a skipped update."""
+        said = f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}"
+        path = Path(self.run.output_dir) / self.run_id / f"skipped{step:06d}.npz"
+        if self.world.is_main:
+            epoch, begin, rows = self.state.loader.rows_of_step(**cursor)
+            try:
+                tokens = self.state.loader.read_rows(rows).astype(np.uint16)
+                write_atomically(path, lambda f: np.savez(f, tokens=tokens, rows=rows, epoch=epoch, step=step))
+                said += f"; its batch is in {path}"
+            except (OSError, DataError) as e:
+                said += f"; its batch cannot be written ({e})"
+        self.log.text(said)
+        limit = 1 if self.run.nan_policy == "stop" else self.run.nan_limit
+        if self.state.skipped >= limit and self.run.nan_policy != "rollback":
+            raise DivergedError(f"{said}: {self.state.skipped} update{'s' * (limit > 1)} in a row came to nothing, and "
+                                "training stopped; what was saved is whole: lower --learning_rate, lengthen "
+                                "--warmup_iters, or see --nan_policy")
+        self.rollback = self.state.skipped >= limit
 
 
 def due(step, every, last):
     return step == last or (every > 0 and step % every == 0)
 
 
-def train_step(model, state, row, run, world):
-    """One optimizer step: forward and backward of this process's micro-batches, then the update. Gives the mean loss of
-    the micro-batches and the norm of the gradient, both as tensors."""
+def train_step(model, state, row, run, world, asked):
+    """One optimizer step: forward and backward of this process's micro-batches, then the update. Gives two tensors: the
+    mean loss of the micro-batches and the share of the processes that asked for each of Meter.REQUESTS, and the norm
+    of the gradient."""
     apply_plan(row, state.model, state.optimizer)
     micro_steps = run.grad_accumulation_steps // world.size
     loss = 0.0
@@ -1941,42 +2477,101 @@ def train_step(model, state, row, run, world):
                 _, micro_loss = model(x, targets, return_logits=False)
             state.numerics.backward(micro_loss / micro_steps)
         loss = loss + micro_loss.detach() / micro_steps
-    return loss, state.numerics.step(state.optimizer, list(state.model.parameters()), run.grad_clip)
+    asked = [torch.full_like(loss, float(request)) for request in asked]  # written on the device: nobody waits
+    numbers = world.mean(torch.stack([loss, *asked]))
+    return numbers, state.numerics.step(state.optimizer, list(state.model.parameters()), run.grad_clip, numbers[0])
 
 
-def train(state, config, run, world, log, run_id, val_shards):
-    """Train from state.step to the end of the run, or to its target."""
+def train(state, config, run, world, log, run_id, val_shards, resumed_at):
+    """Train from state.step to the end of the run, to its target, or to a signal."""
     model = parallelize(state.model, run, world, log)
-    meter = Meter(state, config, run, world, log)
-    last = run.num_iterations
-    for step in range(state.step, last):
-        row = plan(step, config, run)
-        loss, grad_norm = train_step(model, state, row, run, world)
-        state.step, state.tokens = step + 1, state.tokens + run.tokens_per_step
-        meter.submit(state.step, state.tokens, loss, grad_norm, row)
-        if run.empty_cache_every and state.step % run.empty_cache_every == 0:
-            world.empty_cache()
-        save_now = run.save_checkpoints and due(state.step, run.save_every, last)
-        validate_now = val_shards is not None and due(state.step, run.val_loss_every, last)
-        if not (save_now or validate_now):
-            continue
-        meter.flush()
-        if save_now:
-            log.text(f"saved {save_checkpoint(state, config, run, world, run_id)}")
-        if validate_now:
-            losses = evaluate(state.model, val_shards, config, run, world, state.numerics)
-            if not math.isfinite(losses["val_loss"]):
-                raise DivergedError(f"the validation loss after step {state.step} is {losses['val_loss']}; training "
-                                    "stopped: lower --learning_rate or lengthen --warmup_iters")
-            log.record(dict(step=state.step, **losses, tokens=state.tokens, time=1000 * state.seconds), last)
-            if 0 < run.target_val_loss and losses["val_loss"] <= run.target_val_loss:
-                log.text(f"target validation loss {run.target_val_loss} reached at step {state.step}, after "
-                         f"{state.seconds:.1f} s of training and {state.tokens:,} tokens")
-                if run.save_checkpoints and not save_now:
-                    log.text(f"saved {save_checkpoint(state, config, run, world, run_id)}")
+    meter = Meter(state, run, world, log, run_id)
+    saver = Saver(state.model, config, run, world, log, run_id, resumed_at)
+    with StopSignals() as signals, saver:
+        while True:
+            saver.look()
+            validate = val_shards is not None and validation_due(state.step, run)
+            if validate or meter.requests or meter.rollback or save_due(state.step, run):
+                meter.flush()
+                if meter.rollback:
+                    roll_back(state, meter, saver, world, log)
+                    continue
+                saver.save(state)
+                end_if_asked(state, meter, signals, saver, world)
+                if validate:
+                    apply_plan(plan(state.step - 1, config, run), state.model, state.optimizer)  # also after a resume
+                    losses = evaluate(state.model, val_shards, config, run, world, state.numerics, signals)
+                    if losses is None:
+                        meter.requests.add("stop")
+                        continue
+                    if report_validation(losses, state, run, log):
+                        break
+                meter.resume()
+            if state.step >= run.num_iterations:
                 break
-        meter.resume()
-    meter.flush()
+            row, cursor = plan(state.step, config, run), state.loader.state_dict()
+            asked = signals.asked is not None, world.is_main and saver.due(), state.loader.error is not None
+            numbers, grad_norm = train_step(model, state, row, run, world, asked)
+            state.step, state.tokens = state.step + 1, state.tokens + run.tokens_per_step
+            meter.submit(numbers, grad_norm, row, cursor)
+            if run.empty_cache_every and state.step % run.empty_cache_every == 0:
+                world.empty_cache()
+        saver.finish_last()
+
+
+def validation_due(step, run):
+    """Whether the weights after this many steps are validated."""
+    return step > 0 and due(step, run.val_loss_every, run.num_iterations)
+
+
+def save_due(step, run):
+    """Whether the number of steps asks for a checkpoint, or for the end."""
+    return step > 0 and due(step, run.save_every, run.num_iterations)
+
+
+def end_if_asked(state, meter, signals, saver, world):
+    """Do what the processes asked of one another, once the state is saved."""
+    asked, meter.requests = meter.requests, set()
+    if not asked & {"stop", "data"}:
+        return
+    saver.finish_last()
+    saved = f"saved as {saver.newest}" if saver.run.save_checkpoints else "not saved (--no_save_checkpoints)"
+    if "data" in asked:
+        reason = next(error for error in world.gather(str(state.loader.error or "")) if error)
+        raise DataError(f"{reason}: training ended after step {state.step}, {saved}")
+    raise Stopped(f"{signals.asked or 'a signal'}: training ended after step {state.step}, {saved}; "
+                  "--resume auto goes on")
+
+
+def roll_back(state, meter, saver, world, log):
+    """Go back to the last checkpoint, but with the data that comes next: what was trained on since is passed over."""
+    saver.finish()
+    path, cursor = world.gather(saver.newest)[0], state.loader.state_dict()
+    step, saver.rollbacks = state.step, saver.rollbacks + 1
+    if path is None or saver.rollbacks > MOST_ROLLBACKS:
+        why = "there is no checkpoint to go back to" if path is None else f"{MOST_ROLLBACKS} times {path} led there"
+        raise DivergedError(f"{state.skipped} updates in a row came to nothing, and {why}: lower --learning_rate, or "
+                            "lengthen --warmup_iters")
+    seconds = state.seconds
+    state.load_state_dict(load_checkpoint(path), world)
+    state.loader.load_state_dict(cursor)
+    state.seconds, state.skipped, meter.rollback, saver.saved_step = seconds, 0, False, state.step
+    log.text(f"rolled back from step {step} to {path}; the data trained on since it is passed over")
+    log.rewind(state.step)
+    meter.resume()
+
+
+def report_validation(losses, state, run, log):
+    """Log a validation; gives whether the run's target is reached. Raises DivergedError for a loss that is none."""
+    if not math.isfinite(losses["val_loss"]):
+        raise DivergedError(f"the validation loss after step {state.step} is {losses['val_loss']}; training stopped: "
+                            "lower --learning_rate or lengthen --warmup_iters")
+    log.record(dict(step=state.step, **losses, tokens=state.tokens, time=1000 * state.seconds), run.num_iterations)
+    reached = 0 < run.target_val_loss and losses["val_loss"] <= run.target_val_loss
+    if reached:
+        log.text(f"target validation loss {run.target_val_loss} reached at step {state.step}, after "
+                 f"{state.seconds:.1f} s of training and {state.tokens:,} tokens")
+    return reached
 
 
 def report_end(state, config, run, world, log):
@@ -1993,8 +2588,9 @@ def report_end(state, config, run, world, log):
     log.summary(dict(details, precision=config.precision))
 
 
-def memory_plan(config, run, model, world_size=1):
-    """Bytes on one GPU at the peak of compiled training, by part: what is there when the last logits are.
+def memory_plan(config, run, model, world_size=1, training=True):
+    """Bytes on one GPU at the peak of compiled training (else of validation, run.batch_size being that of its batch),
+    by part: what is there when the last logits are.
 
     What a parameter needs follows from fp32 and AdamW; gradients of a single micro-batch come as activations go. What a
     token keeps for the backward pass (the stream twice a block in fp32, the rest in `half`) has factors fitted to the
@@ -2009,6 +2605,9 @@ def memory_plan(config, run, model, world_size=1):
     kept = (config.n_layer + len(model.mtp_blocks)) * block
     copies = 2.2 if fp8 or config.vocab_size % HEAD_ROWS_MULTIPLE else 1.4  # of the logits: a mask takes one of its own
     logits = half * (copies + len(model.mtp_blocks)) * config.vocab_size
+    if not training:  # one block at a time, and nothing is kept for later
+        return dict(weights=4 * parameters, gradients=0, optimizer=8 * parameters, activations=tokens * block,
+                    logits=tokens * logits)
     if config.gradient_checkpointing:
         kept = (config.n_layer + len(model.mtp_blocks)) * 4 * config.n_embd + max(0, block - logits)
     waiting = 0 if run.grad_accumulation_steps > world_size else tokens * (kept + logits)
@@ -2052,7 +2651,8 @@ def dry_run(typed, origin):
     vocab_size, (_, _, world_size) = 0, torchrun_place()
     with contextlib.suppress(DataError):  # there need be no shards
         vocab_size = TokenShards(settings["input_bin"]).vocab_size
-    machine = Machine(world_size, device, device == "cuda", device == "cuda", vocab_size)
+    memory = torch.cuda.mem_get_info()[0] if device == "cuda" and torch.cuda.is_available() else 0
+    machine = Machine(world_size, device, device == "cuda", device == "cuda", vocab_size, memory)
     config, run, notes = resolve(typed, machine, origin.base)
     refuse_other_network(config, origin)
     notes += [] if vocab_size else [f"no shards of --input_bin can be read: vocab_size={config.vocab_size} is assumed"]
@@ -2080,7 +2680,7 @@ def dry_run(typed, origin):
 
 
 def find_resume(typed):
-    """(path, content) of the checkpoint that --resume means; None twice for a fresh start."""
+    """(path, content, notes) of the checkpoint that --resume means; path and content None for a fresh start."""
     path = typed.get("resume")
     require(path != "", "resume= names nothing; name a checkpoint or auto, or drop the flag")
     if path == "auto":
@@ -2091,14 +2691,20 @@ def find_resume(typed):
             wanted = GPTConfig(**load_weights(typed)[1]["network"]).network()
         elif "vocab_size" not in typed:
             wanted.pop("vocab_size", None)  # it is the shards'
-        path = find_checkpoint(typed.get("output_dir", TrainConfig.output_dir), wanted)
+
+        def fits(network):
+            return all(network[name] == value for name, value in wanted.items())
+
+        path, content, notes = load_newest(candidates(typed.get("output_dir", TrainConfig.output_dir), fits), fits)
     elif path and Path(path).is_dir():
-        folder, path = path, newest_checkpoint(Path(path))
-        require(path, f"resume={folder} is a folder without checkpoints; name a run's folder, a .pt file, or auto")
-    if not path:
-        return None, None
-    path = Path(path).resolve()
-    return path, load_checkpoint(path)
+        found = checkpoints_of(Path(path))
+        require(found, f"resume={path} is a folder without checkpoints; name a run's folder, a .pt file, or auto")
+        path, content, notes = load_newest(found, lambda network: True)
+    elif path:
+        path, content, notes = Path(path), load_checkpoint(path), []
+    else:
+        path, content, notes = None, None, []
+    return path and path.resolve(), content, notes
 
 
 class Origin(NamedTuple):
@@ -2108,6 +2714,7 @@ class Origin(NamedTuple):
     content: Any = None
     base: Any = None  # fields for resolve()
     resumed: bool = False
+    notes: Any = ()
 
 
 def load_weights(typed):
@@ -2123,14 +2730,14 @@ def load_weights(typed):
 def find_origin(typed):
     both = typed.keys() >= {"init_from", "resume"} and typed["resume"] != "auto"
     require(not both, "resume and init_from both say what to start from; drop one, or type --resume auto")
-    path, content = find_resume(typed)
+    path, content, notes = find_resume(typed)
     if content:
         fields = checkpoint_fields(content)
         if path.parent.name == content["run_id"]:
             fields["output_dir"] = str(path.parent.parent)  # the run may have been moved
-        return Origin(path, content, fields, True)
+        return Origin(path, content, fields, True, notes)
     if "init_from" not in typed:  # else it counts where --resume auto found nothing to go on from
-        return Origin()
+        return Origin(notes=notes)
     path, content = load_weights(typed)
     return Origin(path, content, initial_fields(content))
 
@@ -2146,6 +2753,7 @@ def start_run(typed, world, origin):
         raise DataError(f"training shards have a vocabulary of {shards.vocab_size}, validation shards one of "
                         f"{val_shards.vocab_size}; name shards of one tokenizer")
     config, run, notes = resolve(typed, world.machine(shards.vocab_size), origin.base)
+    notes += origin.notes
     refuse_other_network(config, origin)
     kernel, note = attention_kernel(config, run, world)
     notes += [note] if note else []
@@ -2168,11 +2776,11 @@ def start_run(typed, world, origin):
     try:
         if origin.resumed:
             state.load_state_dict(origin.content, world)
-            notes += [*differences(config, run, origin.content), f"resumed {origin.path} at step {state.step}"]
+            notes += [*differences(config, run, origin.content, world), f"resumed {origin.path} at step {state.step}"]
         elif origin.content:
             model.load_state_dict(origin.content["model"])
             notes.append(f"weights from {origin.path}")
-    except RuntimeError as e:  # other names or shapes
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # other names, shapes, kinds
         raise DataError(f"{origin.path} does not hold the weights of its own network; name another") from e
     mflop = model.flops_per_token(run.sequence_length) / 1e6
     notes += [f"model {run.model}: {model.parameter_count():,} parameters, {mflop:.1f} MFLOP a token at "
@@ -2192,7 +2800,11 @@ def run_training(typed):
     world = World(settings.get("device", TrainConfig.device))
     # What is wrong with the flags waits for nothing; what depends on the vocabulary waits for the shards.
     resolve(typed, world.machine(settings.get("vocab_size", 1)), origin.base)
-    with world:
+    with world, deterministic_algorithms(settings.get("deterministic", TrainConfig.deterministic)):
+        found = world.gather(origin.path and (origin.path.name, origin.content["step"] if origin.resumed else 0))
+        if len(set(found)) > 1:
+            raise DataError(f"the processes start from different files ({', '.join(map(str, found))}); give all the "
+                            "same --output_dir")
         state, config, run, val_shards, kernel, notes = start_run(typed, world, origin)
         if typed.get("resume") and not origin.resumed:
             notes.append(f"no checkpoint of such a network in {run.output_dir}: this is a fresh start")
@@ -2203,14 +2815,51 @@ def run_training(typed):
         if origin.resumed and origin.path.parent == (Path(run.output_dir) / origin.content["run_id"]).resolve():
             run_id, resumed_at = origin.content["run_id"], state.step  # else a copy, and the run itself is left alone
         run_id = world.gather(run_id)[0]
-        log = open_log(world, config, run, run_id, notes, resumed_at)
+        validated = val_shards is None or not validation_due(state.step, run)
+        log = open_log(world, config, run, run_id, notes, resumed_at, validated)
         del origin  # weights and optimizer once more
         try:
-            with kernel():
-                train(state, config, run, world, log, run_id, val_shards)
+            with kernel(), own_words_for_failures(state, config, run, world):
+                train(state, config, run, world, log, run_id, val_shards, resumed_at)
             report_end(state, config, run, world, log)
+        except KNOWN_ENDINGS as e:
+            log.ending(e)
+            raise
         finally:
             log.close()
+
+
+@contextlib.contextmanager
+def own_words_for_failures(state, config, run, world):
+    """Make one line of what torch has to say of memory that is out, and of processes that are gone."""
+    try:
+        yield
+    except KNOWN_ENDINGS:
+        raise
+    except (MemoryError, RuntimeError) as e:
+        said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+            wanted = re.search(r"ried to allocate ([\d.]+ \w+)", said)
+            raise ConfigError(out_of_memory(state, config, run, world, f"{wanted[1]} more" if wanted else said)) from e
+        lost = isinstance(e, dist.DistError) or any(word in str(e) for word in ("gloo", "NCCL", "ProcessGroup"))
+        if world.size > 1 and lost:
+            raise LostError(f"after step {state.step} another process of the run did not answer ({said}); what was "
+                            "saved is whole: --resume auto goes on") from e
+        raise
+
+
+def out_of_memory(state, config, run, world, said):
+    """What an exhausted memory means in this run's numbers, and what helps."""
+    training, T = state.model.training, run.sequence_length
+    size = run.batch_size if training else run.val_batch_size or run.batch_size
+    planned = sum(memory_plan(config, dataclasses.replace(run, batch_size=size), state.model, world.size,
+                              training).values())
+    where = f"step {state.step + 1}" if training else f"the validation after step {state.step}"
+    flag, tokens = "batch_size" if training else "val_batch_size", f"--total_batch_size {run.tokens_per_step}"
+    first = f"--{flag} {max(1, size // 2)}" + f" {tokens}" * training
+    return (f"out of memory in {where} ({said}): {flag}={size} x {T} tokens was planned at {planned / 2**20:,.0f} MiB, "
+            f"{world.peak_memory_mb():,} MiB were taken; try {first}, --gradient_checkpointing, or --batch_size auto "
+            f"{tokens}; what was saved is whole, --resume auto goes on")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2218,19 +2867,21 @@ def run_training(typed):
 
 
 def main(argv=None):
-    """The program: 0 when the run ended well, 2 for what the user can mend, 1 when it diverged, 130 when interrupted;
-    one line on stderr."""
+    """The program: 0 when the run ended well, 75 when a signal ended it and it can go on, 2 for what the user can mend,
+    1 when it cannot go on by itself, 130 when interrupted before it trained; one line on stderr."""
+    code, line = 0, ""
     try:
         run_training(parse_flags(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        print("interrupted: the checkpoints that were saved are whole, and --resume auto goes on", file=sys.stderr)
-        return 130
-    except (ConfigError, DataError, DivergedError) as e:
+        code, line = 130, "interrupted: the checkpoints that were saved are whole, and --resume auto goes on"
+    except KNOWN_ENDINGS as e:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not rank.isdigit() or isinstance(e, DataError):
-            print(f"error: {e}", file=sys.stderr)
-        return 1 if isinstance(e, DivergedError) else 2
-    return 0
+        if rank == "0" or not rank.isdigit() or isinstance(e, (DataError, LostError)):
+            line = str(e) if isinstance(e, Stopped) else f"error: {e}"
+        code = e.exit_code
+    with contextlib.suppress(OSError):  # a closed stderr
+        print(line, end="\n" * bool(line), file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -39,15 +39,19 @@ def small_run(**changes):
 
 
 class FakeWorld:
-    """One of `size` processes, alone: the loader, the evaluation and the meter need no more of World."""
+    """One of `size` processes, alone: the loader, the evaluation, the meter and the saver need no more of World."""
 
     def __init__(self, rank=0, size=1, device=CPU):
         self.rank, self.size, self.device = rank, size, device
+        self.is_main = rank == 0
 
     def sum(self, tensor):
         return tensor
 
     mean = sum
+
+    def gather(self, item):
+        return [item]
 
     def read_later(self, tensor):
         return tensor.tolist
@@ -60,6 +64,13 @@ class FakeWorld:
 
     def peak_flops(self):
         return None
+
+
+class LateMeter(script.Meter):
+    """As on a GPU, where a step's numbers are read when the next one is queued."""
+
+    def __init__(self, state, run, world, *others):
+        super().__init__(state, run, FakeWorld(device=torch.device("cuda")), *others)
 
 
 def write_shard(path, tokens, *, magic=20240520, version=1, count=None, vocab_size=0):

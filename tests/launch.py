@@ -1,4 +1,6 @@
 """Whole runs for the tests: small shards of bytes, the script in this process, alone or under torchrun."""
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -121,6 +123,14 @@ def checkpoints(folder):
 
 def content_of(folder, step):
     return torch.load(folder / f"step{step:06d}.pt", weights_only=True)
+
+
+def write_sealed(path, content):
+    """A file of any content with the right checksum: what torch.save makes, its SHA-256 as the zip file's comment."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    comment = b"sha256:" + hashlib.sha256(file.getvalue()).hexdigest().encode()
+    path.write_bytes(file.getvalue()[:-2] + len(comment).to_bytes(2, "little") + comment)
 
 
 def assert_same(a, b, where=""):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import launch
-from launch import SCRIPT, data_flags, error_lines, one_process, snapshot, some_tokens, write_shard
+import train_gpt2_mod as script
+from launch import SCRIPT, data_flags, error_lines, one_process, snapshot, some_tokens, write_sealed, write_shard
 
 
 @pytest.fixture
@@ -184,7 +185,10 @@ class Exploit:
 
 def test_resume_runs_no_code(trainer, recwarn):
     path, proof = trainer.output.parent / "evil.pt", trainer.output.parent / "the code ran"
-    torch.save(dict(format=1, model=Exploit(proof)), path)
+    write_sealed(path, dict(format=2, model=Exploit(proof)))
+    script.verify_checksum(path)
+    assert_refused(trainer, ["--resume", path], path, "cannot be read as a checkpoint", "name another")
+    torch.save(dict(format=2, model=Exploit(proof)), path)
     assert_refused(trainer, ["--resume", path], path, "name another")
     path.write_bytes(pickle.dumps(Exploit(proof)))
     assert_refused(trainer, ["--resume", path], path, "name another")
@@ -202,9 +206,16 @@ def test_resume_of_what_is_no_checkpoint(trainer):
     for content in contents.values():
         damaged.write_bytes(content)
         assert_refused(trainer, ["--resume", damaged], damaged, "name another")
-    for content in ([1, 2], dict(model={}), dict(torch.load(whole, weights_only=True), format=2)):
-        torch.save(content, damaged)
+    content = torch.load(whole, weights_only=True)
+    for other in ([1, 2], dict(model={}), dict(content, format=1), dict(content, format=3), dict(content, network=[])):
+        write_sealed(damaged, other)
+        script.verify_checksum(damaged)
         assert_refused(trainer, ["--resume", damaged], damaged, "name another")
+    torch.save(content, damaged)  # without a checksum
+    assert_refused(trainer, ["--resume", damaged], damaged, "cut short, or no checkpoint; name another")
+    for part in script.CHECKPOINT - script.WEIGHTS:
+        write_sealed(damaged, {name: value for name, value in content.items() if name != part})
+        assert_refused(trainer, ["--resume", damaged], damaged, "no training state", "--init_from")
     assert_refused(trainer, ["--resume", trainer.data], trainer.data, "name a run's folder")
 
 
@@ -255,15 +266,21 @@ def test_exit_code(trainer, environment, flags, parts):
 
 
 def test_divergence(trainer):
-    """What was saved before stays, nothing is saved after."""
+    """Five updates are skipped, and what is saved then are the weights before them."""
     broken = trainer.main(*trainer.flags("--num_iterations", 100, "--learning_rate", "1e30", "--warmup_iters", 50,
                                          "--warmdown_iters", 0, "--grad_clip", 0, "--save_every", 1))
-    assert broken.code == 1 and len(broken.err.splitlines()) == 1 and broken.err.startswith("error: the loss of step ")
-    assert "--learning_rate" in broken.err and "--warmup_iters" in broken.err
+    assert broken.code == 1 and len(broken.err.splitlines()) == 1 and broken.err.startswith("error: step ")
+    assert "--learning_rate" in broken.err and "--warmup_iters" in broken.err and "--nan_policy" in broken.err
     losses = launch.column(launch.steps(broken.folder), "train_loss")
-    assert 1 <= len(losses) < 100 and all(map(torch.isfinite, torch.tensor(losses)))
-    assert f"the loss of step {len(losses) + 1} is " in broken.err
-    assert len(launch.checkpoints(broken.folder)) == len(losses)
+    good = len(losses) - 5
+    assert 1 <= good < 95 and losses[good:] == [None] * 5 and all(map(torch.isfinite, torch.tensor(losses[:good])))
+    assert f"error: step {good + 5}: the loss is " in broken.err and "5 updates in a row came to nothing" in broken.err
+    assert len(launch.checkpoints(broken.folder)) == good + 4
+    assert sorted(path.name for path in broken.folder.glob("*.npz")) == [f"skipped{good + i:06d}.npz"
+                                                                         for i in range(1, 6)]
+    last, *later = (launch.content_of(broken.folder, step)["model"] for step in range(good, good + 5))
+    for weights in later:
+        launch.assert_same(weights, last)
 
 
 def test_help_trains_nothing(trainer):

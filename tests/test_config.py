@@ -3,6 +3,7 @@ import dataclasses
 import re
 
 import pytest
+import torch
 from helpers import all_fields, machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -212,6 +213,23 @@ REFUSED = [
     ("--warmup_iters 600 --warmdown_iters 500",
      r"warmup_iters=600 \+ warmdown_iters=500 must not exceed num_iterations=1000", "shorten them or train longer"),
     ("--num_iterations 0", "num_iterations=0", "at least 1"),
+    ("--nan_policy explode", "nan_policy=explode is not known", "choose one of stop, skip, rollback"),
+    ("--nan_limit 0", "nan_limit=0", "at least 1"),
+    ("--nan_policy stop --nan_limit 3", "nan_limit=3 would be ignored: nan_policy=stop", "drop one of the two"),
+    ("--nan_policy rollback --no_save_checkpoints", "nan_policy=rollback goes back", "drop --no_save_checkpoints"),
+    ("--no_save_checkpoints --save_every 2", "save_every=2 would be ignored", "drop it or --no_save_checkpoints"),
+    ("--no_save_checkpoints --save_every_minutes 2", "save_every_minutes=2.0 would be ignored", "drop it or --no_"),
+    ("--no_save_checkpoints --keep_last 2", "keep_last=2 would be ignored", "drop it or --no_save_checkpoints"),
+    ("--keep_last -1", "keep_last=-1", "at least 0"),
+    ("--save_every_minutes nan", "save_every_minutes=nan", "finite number of at least 0"),
+    ("--batch_size auto", "batch_size=auto keeps the tokens a step", "say how many with --total_batch_size"),
+    ("--batch_size auto --grad_accumulation_steps 2", "batch_size=auto keeps the tokens", "--total_batch_size"),
+    ("--batch_size auto --total_batch_size 2500", "total_batch_size=2500 .* 1024 x 1", "try 2048 or 3072"),
+    ("--batch_size auto --total_batch_size -5", "total_batch_size=-5", "try 1024"),
+    ("--batch_size auto --total_batch_size 4096 --sequence_length 0", "sequence_length=0", "at least 1"),
+    ("--batch_size auto --total_batch_size 8192", "batch_size=auto needs a device that says how much memory is free",
+     "type a number"),
+    ("--batch_size many", "argument --batch_size: .*'many'", "--help"),
     ("--seed -1", "seed=-1", "at least 0"),
     ("--n_headd 4", "--n_headd is not a flag", r"did you mean --n_head\?"),
     ("--qqqqqq 4", "--qqqqqq is not a flag", "--help"),
@@ -220,6 +238,84 @@ REFUSED = [
     ("--n_head four", "argument --n_head.*'four'", "--help"),
     ("--n_head", "argument --n_head.*expected one argument", "--help"),
 ]
+
+
+# A batch size that is found
+
+KINDS = ["", "--sequence_length 96", "--gradient_checkpointing", "--precision fp8", "--model gpt2 --n_layer 2"]
+
+
+def built(config):
+    with torch.device("meta"):
+        return script.GPT(config)
+
+
+def plan_of(model, tokens, size, T, world, training=True):
+    """Bytes of a step of so many tokens in micro-batches of a size, by the memory plan."""
+    run = script.TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=tokens // (size * T) or 1)
+    return sum(script.memory_plan(model.config, run, model, world, training).values())
+
+
+@pytest.mark.parametrize("flags", KINDS)
+@pytest.mark.parametrize("rows, world", [(1, 1), (30, 1), (32, 4), (7, 1), (36, 3)])
+def test_the_batch_size_that_is_found_is_the_largest_divisor_that_fits(flags, rows, world):
+    """Against trying each. Where a whole step is one micro-batch its gradients take the place of activations, so it may
+    fit where a smaller one does not."""
+    here, flags = dict(vocab_size=0, world_size=world), f"--model tiny {flags}"
+    config, run = resolved(flags, **here)
+    model, T, found = built(config), run.sequence_length, set()
+    tokens = T * rows
+    plans = {size: plan_of(model, tokens, size, T, world) for size in range(1, rows + 1) if rows % (size * world) == 0}
+    for room in sorted({plan * factor for plan in plans.values() for factor in (0.999, 1.001)}):
+        expected = max((size for size, plan in plans.items() if plan <= room), default=None)
+        argv = flags, "--batch_size auto --total_batch_size", str(tokens)
+        if expected is None:
+            with pytest.raises(script.ConfigError, match=f"batch_size=auto: one sequence of {T} takes .* MiB by the "
+                               "memory plan, .*; add --gradient_checkpointing or lower --sequence_length"):
+                resolved(*argv, memory=int(room / 0.9), **here)
+            continue
+        _, run = resolved(*argv, memory=round(room / 0.9), **here)
+        assert run.batch_size == expected and run.tokens_per_step == tokens
+        found.add(expected)
+    assert max(plans) in found
+
+
+@pytest.mark.parametrize("world, val_tokens", [(1, 2**20), (2, 2**20), (1, 5000), (1, 100)])
+def test_a_validation_batch_that_is_found_is_the_largest_that_fits(world, val_tokens):
+    """Of batch_size doubled, and no more than the validation has."""
+    flags = f"--model tiny --batch_size auto --total_batch_size {2**16 * 3} --val_tokens {val_tokens}"
+    for memory in (2**30, 2**31, 5 * 2**30, 2**33, 2**35, 2**40):
+        config, run = resolved(flags, memory=memory, world_size=world)
+        model, size = built(config), run.batch_size
+        while (2 * size * 1024 * world <= val_tokens
+               and plan_of(model, 2**16 * 3, 2 * size, 1024, world, training=False) <= 0.9 * memory):
+            size *= 2
+        assert run.val_batch_size == size >= run.batch_size
+        assert resolved(flags, "--val_batch_size 3", memory=memory, world_size=world)[1].val_batch_size == 3
+    assert resolved("--model tiny --batch_size 4", memory=2**40)[1].val_batch_size == 0
+
+
+def test_a_batch_size_that_was_found_stays_on_another_machine():
+    base = checkpoint(f"--model tiny --batch_size auto --total_batch_size {2**16}", memory=2**32)
+    assert isinstance(base["batch_size"], int) and base["batch_size"] < 64
+    for memory in (0, 2**20, 2**40):
+        _, run = resolved(base=base, memory=memory)
+        assert (run.batch_size, run.val_batch_size) == (base["batch_size"], base["val_batch_size"])
+        assert run.tokens_per_step == 2**16
+    _, run = resolved("--batch_size auto", base=base, memory=2**50)  # asked for anew: of as many tokens a step
+    assert run.batch_size == 64 and run.tokens_per_step == 2**16
+    _, run = resolved("--batch_size auto", base=base, memory=2**50, world_size=4)
+    assert run.batch_size == 16 and run.tokens_per_step == 2**16
+
+
+def test_the_memory_of_a_run_is_that_of_its_process_with_least(monkeypatch):
+    world = script.World("cpu")
+    assert 2**20 < world.machine().memory < 2**50
+    free = world.free_memory()
+    world.size = 2
+    assert world.free_memory() == pytest.approx(free / 2, rel=0.5)  # shared by the processes of a machine
+    monkeypatch.setattr(world, "gather", lambda item: [7000, item, 5000])
+    assert world.machine().memory == 5000
 
 
 @pytest.mark.parametrize("flags, problem, remedy", REFUSED, ids=[flags for flags, _, _ in REFUSED])
@@ -264,13 +360,14 @@ def any_flag(f):
     choices = f.metadata["choices"]
     choices = choices() if callable(choices) else choices
     values = {int: NUMBERS, float: FLOATS, str: [*(choices or ()), "", "x"], bool: [None]}[f.type]
+    values = [*values, "auto"] if f.name == "batch_size" else values
     return st.sampled_from([[f"--{f.name}"] + ([] if value is None else [value]) for value in values])
 
 
 @settings(max_examples=600)
 @given(st.lists(st.sampled_from([f for _, f in all_fields()]).flatmap(any_flag), max_size=5), st.sampled_from([1, 3]))
 def test_any_flags_resolve_or_are_refused_in_one_line(flags, size):
-    here = machine(world_size=size)
+    here = machine(world_size=size, memory=2**36)
     try:
         typed = script.parse_flags([part for flag in flags for part in flag])
         config, run, notes = script.resolve(typed, here)
@@ -280,7 +377,7 @@ def test_any_flags_resolve_or_are_refused_in_one_line(flags, size):
     for name, value in typed.items():
         if hasattr(config, name) and name not in ("n_kv_head", "n_embd", "ffn_hidden", "gqa_enabled"):
             assert getattr(config, name) == value
-        if hasattr(run, name):
+        if hasattr(run, name) and value != "auto":
             assert getattr(run, name) == value
     if "n_kv_head" in typed:
         assert config.n_kv_head == (typed["n_kv_head"] or config.n_head)

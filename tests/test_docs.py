@@ -1,10 +1,14 @@
 """What the documents say is what the code and the results say."""
 import importlib.util
 import json
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,9 +16,11 @@ import torch
 
 import train_gpt2_mod as script
 from helpers import machine
+from launch import SMALL, data_flags, steps, write_data
 
 ROOT = Path(script.__file__).parent
 MLP3X, SIZES = ROOT / "docs" / "02-mlp-3x-optimization", ROOT / "docs" / "03-model-sizes"
+RESUMING = ROOT / "docs" / "00-checkpoint-resumption"
 
 
 def program(folder):
@@ -25,7 +31,7 @@ def program(folder):
     return module
 
 
-measure, sizes = program(MLP3X), program(SIZES)
+measure, sizes, resuming = program(MLP3X), program(SIZES), program(RESUMING)
 
 
 def parameters(**fields):
@@ -128,6 +134,47 @@ def test_what_dry_run_goes_by_is_in_the_results(tmp_path, monkeypatch):
     sizes.write_measured()
     assert (tmp_path / "measured.json").read_text() == written
     assert {"d12", "gpt2", "sized_small"} <= {row["model"] for row in json.loads(written)["runs"]}
+
+
+def test_the_tables_of_the_resumption_are_its_results():
+    text = (RESUMING / "README.md").read_text()
+    for gpu in {row["gpu"] for row in resuming.results()}:
+        assert resuming.tables([row for row in resuming.results() if row["gpu"] == gpu]) in text
+    for row in resuming.results():
+        typed = script.parse_flags(row["flags"].split(" "))
+        assert resuming.EXPERIMENTS[row["experiment"]][1] == row["flags"]
+        assert row.get("bitwise") in (None, typed.get("deterministic", False)), row
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_and_queues_itself_again(tmp_path):
+    """The script with a stand-in for scontrol: signalled, it leaves a checkpoint and asks for another job, which goes
+    on and, at its end, asks for none."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    shutil.copy(script.__file__, tmp_path)
+    path = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    settings = dict(os.environ, PATH=path, SLURM_JOB_NAME="job", SLURM_JOB_ID="7", NPROC="2", OMP_NUM_THREADS="1")
+    data = data_flags(write_data(tmp_path / "data"))
+    command = ["bash", RESUMING / "slurm.sh", *SMALL, *data, "--val_loss_every", "0"]
+    with open(tmp_path / "out", "w") as out:
+        job = subprocess.Popen([*command, "--num_iterations", "100000"], cwd=tmp_path, env=settings, stdout=out,
+                               stderr=out)
+        while not any(path.stat().st_size for path in tmp_path.glob("logs/job/*/metrics.jsonl")):
+            assert job.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        job.send_signal(signal.SIGUSR1)
+        job.wait(60)
+    folder, = tmp_path.glob("logs/job/*")
+    saved, = folder.glob("step*.pt")
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    last = str(script.step_of(saved) + 3)
+    flags = ["--warmdown_iters", "0", "--num_iterations", last]
+    done = subprocess.run([*command, *flags], cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert len(steps(folder)) == int(last) and (tmp_path / "asked").read_text() == "requeue 7\n"
 
 
 def training_commands():

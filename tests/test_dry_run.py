@@ -259,12 +259,36 @@ def test_on_a_cpu(dry):
     ("--device cpu --precision fp16", "precision=fp16 needs CUDA"),
     ("--sequence_length 2048 --model gpt2", "sequence_length=2048 is longer than the n_positions=1024"),
     ("--total_batch_size 100", "total_batch_size=100 must be a multiple"),
+    ("--device cpu --batch_size auto", "batch_size=auto keeps the tokens a step"),
+    ("--device cpu --batch_size auto --total_batch_size 1000", "total_batch_size=1000 must be a multiple"),
+    ("--nan_policy stop --nan_limit 2", "nan_limit=2 would be ignored"),
+    ("--no_save_checkpoints --keep_last 2", "keep_last=2 would be ignored"),
     ("--resume nowhere.pt", "resume="),
     ("--init_from nowhere.pt", "init_from=nowhere.pt does not exist"),
 ])
 def test_what_a_run_refuses_its_dry_run_refuses(dry, flags, message):
     code, lines, err = dry(*flags.split())
     assert (code, lines) == (2, []) and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+def test_a_batch_size_that_is_found_is_that_of_the_gpu_there_is(tmp_path, monkeypatch, capsys):
+    """The one flag for which a dry run asks a GPU, and the one that it refuses without."""
+    flags = ["--model", "tiny", "--total_batch_size", str(2**19), "--input_bin", str(tmp_path / "*.bin"), "--dry_run"]
+    for free in (2**32, 2**35):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (free, 2**37))
+        assert script.main(["--batch_size", "auto", *flags]) == 0
+        out = capsys.readouterr().out
+        said = re.search(r"^batch_size=(\d+): a plan of ([\d,]+) MiB, with room for ([\d,]+); val_batch", out, re.M)
+        size, plan, room = (int(number.replace(",", "")) for number in said.groups())
+        assert plan <= room == round(0.9 * free / 2**20) and 2**9 % size == 0
+        assert f"memory plan of one GPU at its peak, {size} x 1024 tokens a micro-batch: {plan:,} MiB" in out
+        assert f"tokens per step: 524,288 = {2**9 // size} x {size} x 1024" in out
+        assert script.main(["--batch_size", str(2 * size), *flags]) == 0
+        assert int(re.search(r"micro-batch: ([\d,]+) MiB", capsys.readouterr().out)[1].replace(",", "")) > room
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script.main(["--batch_size", "auto", *flags]) == 2
+    assert capsys.readouterr().err.startswith("error: batch_size=auto needs a device that says how much memory is free")
 
 
 @pytest.mark.parametrize("world_size", ["x", "0", "-1"])

@@ -335,7 +335,7 @@ def test_the_model_s_name_is_the_equal_preset_s(works, tmp_path, monkeypatch):
         folder = saved(make(), tmp_path / name)
         works("import", folder, tmp_path / "in.pt", "--overwrite")
         content = torch.load(tmp_path / "in.pt", weights_only=True)
-        assert content["run"]["model"] == name and content["format"] == 1
+        assert content["run"]["model"] == name and content["format"] == 2
         assert content["network"] == dataclasses.asdict(ours_from(tmp_path / "in.pt").config)
         network = {k: v for k, v in content["network"].items() if v != script.field_defaults(script.GPTConfig).get(k)}
         monkeypatch.setitem(script.base_configs, f"my_{name}", {**base, **network, "dropout": 0.5})
@@ -584,8 +584,8 @@ def checkpoint_of(config, path, **run):
     """A file as import writes it, of a network with weights far from where they start."""
     model = shaken(script.GPT(config))
     path.parent.mkdir(exist_ok=True)
-    torch.save(dict(format=1, network=dataclasses.asdict(config), run=dict(model="d12", **run),
-                    model=model.state_dict()), path)
+    script.write_checkpoint(path, dict(network=dataclasses.asdict(config), run=dict(model="d12", **run),
+                                       model=model.state_dict()))
     return model
 
 
@@ -688,7 +688,7 @@ def test_places_to_export_from_and_to(refused, works, tmp_path, monkeypatch):
     refused("export", "none", "out", says=["none holds no checkpoint"])
     refused("export", "x.pt", "x.pt", says=["x.pt is a file"])
     (tmp_path / "y.pt").write_bytes(b"nothing")
-    refused("export", "y.pt", "out", says=["y.pt cannot be read as a checkpoint"])
+    refused("export", "y.pt", "out", says=["y.pt is cut short, or no checkpoint"])
     works("export", "x.pt", "out")
     files = snapshot(tmp_path / "out")
     assert sorted(files) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -711,7 +711,7 @@ def test_a_checkpoint_that_is_not_its_network_is_refused(refused, tmp_path):
         checkpoint_of(config, tmp_path / "x.pt")
         content = torch.load(tmp_path / "x.pt", weights_only=True)
         change(content["model"])
-        torch.save(content, tmp_path / "x.pt")
+        script.write_checkpoint(tmp_path / "x.pt", content)
         refused("export", tmp_path / "x.pt", tmp_path / "out", says=["x.pt does not hold the weights of its network"])
 
 

@@ -1,4 +1,5 @@
 """Token shards, training batches and validation batches against a slow reading of the same files."""
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -6,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FakeWorld, random_tokens, read_slowly, small_run, write_shard, write_shards
+from helpers import FakeWorld, LateMeter, random_tokens, read_slowly, small_run, write_shard, write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt2_mod as script
+from launch import assert_same, checkpoints, column, content_of, records, steps
 
 
 def loaders(shards, run, lookahead, size):
@@ -346,7 +348,108 @@ def test_an_id_past_the_vocabulary_is_found_with_its_place(tmp_path, size):
     assert "part_002.bin" in found[0] and "token 2 is 257, past the vocabulary of 257; make" in found[0]
 
 
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 100])
+def test_ids_are_checked_in_pieces(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(script, "CHECKED_TOKENS", piece)
+    for place in range(9):
+        pattern = write_shards(tmp_path, [256], [0] * place + [257] + [300] * (8 - place), vocab_size=257)
+        with pytest.raises(script.DataError, match=rf"part_001\.bin: token {place} is 257, past the vocabulary of 257"):
+            script.TokenShards(pattern).check_ids()
+    script.TokenShards(write_shards(tmp_path, [256] * 9, [0] * 9, vocab_size=257)).check_ids()
+
+
 def test_ids_within_the_vocabulary_pass(tmp_path):
     script.TokenShards(write_shards(tmp_path, [0, 256], [256], vocab_size=257)).check_ids()
     with pytest.raises(script.DataError, match="token 1 is 50257, past the vocabulary of 50257"):
         script.TokenShards(write_shards(tmp_path, [0, 50257], [50256])).check_ids()
+
+
+# Shards that go while they are in use
+
+
+def cut_short(path, tokens):
+    path.write_bytes(path.read_bytes()[: 1024 + 2 * tokens])
+
+
+def test_a_shard_that_is_cut_short_while_in_use_is_named_with_the_token(tmp_path):
+    shards = script.TokenShards(write_shards(tmp_path, list(range(5)), list(range(5, 15))))
+    cut_short(tmp_path / "part_001.bin", 4)
+    assert shards.read(0, 9).tolist() == list(range(9))
+    assert shards.read_shard(1, 1, 100, exactly=False).tolist() == [6, 7, 8]
+    said = r"part_001\.bin was cut short while in use: its token %d is gone; make or fetch it again"
+    for read in (lambda: shards.read(8, 2), lambda: shards.read_shard(1, 2, 3)):
+        with pytest.raises(script.DataError, match=said % 4):
+            read()
+    cut_short(tmp_path / "part_001.bin", 0)
+    with pytest.raises(script.DataError, match=said % 0):
+        shards.check_ids()
+    (tmp_path / "part_001.bin").unlink()
+    said = r"part_001\.bin cannot be read any more \(No such file or directory\); bring it back"
+    with pytest.raises(script.DataError, match=said):
+        shards.read(5, 1)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("micro_batches, size", [(1, 1), (2, 1), (4, 2), (3, 1)])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: cut_short(path, 3)], ids=["gone", "cut short"])
+def test_what_cannot_be_read_is_known_two_steps_before_it_is_missed(tmp_path, micro_batches, size, shuffle, damage):
+    """What was read ahead is given out as if nothing had happened, with its cursors; brought back, the loader goes on
+    from the last of them."""
+    pattern = write_shards(tmp_path, *(random_tokens(150, seed=seed) for seed in range(3)))
+    run = small_run(grad_accumulation_steps=micro_batches, shuffle=shuffle)
+    expected, per_step = [], micro_batches // size
+    loader, undisturbed = (script.DistributedDataLoader(script.TokenShards(pattern), run, 2, FakeWorld(size - 1, size))
+                           for _ in range(2))
+    for _ in range(8 * per_step):
+        expected.append((rows_of(*undisturbed.next_batch(), run), undisturbed.state_dict()))
+    given = [(rows_of(*loader.next_batch(), run), loader.state_dict()) for _ in range(per_step)]
+    whole = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in whole:
+        damage(path)
+    assert loader.error is None
+    with pytest.raises(script.DataError, match=r"part_00\d\.bin (cannot be read any more|was cut short)"):
+        while len(given) < len(expected):
+            given.append((rows_of(*loader.next_batch(), run), loader.state_dict()))
+            assert isinstance(loader.error, script.DataError)  # from the first batch on
+    assert given == expected[: len(given)] and len(given) >= 3 * per_step
+    assert loader.state_dict() == given[-1][1]
+    for path, content in whole.items():
+        path.write_bytes(content)
+    loader.load_state_dict(given[2 * per_step - 1][1])
+    assert loader.error is None
+    again = [(rows_of(*loader.next_batch(), run), loader.state_dict()) for _ in range(6 * per_step)]
+    assert again == expected[2 * per_step :]
+
+
+@pytest.mark.parametrize("flags", ["", "--grad_accumulation_steps 2", "--shuffle"])
+@pytest.mark.parametrize("meter", [script.Meter, LateMeter])
+def test_a_run_whose_shards_go_ends_saved_and_goes_on_when_they_are_back(trainer, monkeypatch, meter, flags):
+    monkeypatch.setattr(script, "Meter", meter)
+    flags = ["--num_iterations", 10, "--val_loss_every", 0, *flags.split()]
+    whole = trainer.run(*flags).folder
+    shards, step = {path: path.read_bytes() for path in trainer.data.glob("train_*")}, script.train_step
+
+    def train_step(model, state, *others):
+        if state.step == 3:
+            for path in shards:
+                path.unlink(missing_ok=True)
+        return step(model, state, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_step", train_step)
+        result = trainer.main(*trainer.flags(*flags))
+    assert result.code == 2 and result.err.count("\n") == 1
+    path, ended = re.fullmatch(r"error: (\S+) cannot be read any more \(No such file or directory\); bring it back: "
+                               r"training ended after step (\d+), saved as .*/step00000\d\.pt\n", result.err).groups()
+    assert path in map(str, shards) and 4 <= int(ended) <= 6
+    assert checkpoints(result.folder) == [f"step00000{ended}.pt"]
+    assert column(steps(result.folder), "step") == list(range(1, int(ended) + 1))
+    refused = trainer.main("--resume", result.folder)
+    assert refused.code == 2 and "no file matches" in refused.err
+    for path, content in shards.items():
+        path.write_bytes(content)
+    assert trainer.main("--resume", result.folder).code == 0
+    assert column(steps(result.folder), "train_loss") == column(steps(whole), "train_loss")
+    assert column(records(result.folder), "step") == column(records(whole), "step")
+    for part in ("model", "optimizer", "loader"):
+        assert_same(content_of(result.folder, 10)[part], content_of(whole, 10)[part], part)

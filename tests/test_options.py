@@ -331,7 +331,8 @@ LATER = {
     "network": ("tie_embeddings", "bias", "dropout", "norm", "norm_weights", "norm_eps", "position", "n_positions",
                 "mixer", "kv_rank", "rope_head_dim", "scale_attention", "ffn_hidden", "init_std", "mtp_heads",
                 "loss_clamp", "gradient_checkpointing"),
-    "run": ("schedule", "min_lr_fraction", "compile_mode", "attention", "empty_cache_every"),
+    "run": ("schedule", "min_lr_fraction", "compile_mode", "attention", "empty_cache_every", "save_every_minutes",
+            "keep_last", "nan_policy", "nan_limit", "deterministic"),
 }
 
 
@@ -344,10 +345,12 @@ def test_a_checkpoint_without_the_later_fields_resumes_the_same(trainer, flags):
     for part, names in LATER.items():
         for name in names:
             del content[part][name], saved[part][name]
-    torch.save(content, old / "step000003.pt")
+    script.write_checkpoint(old / "step000003.pt", content)
     (old / "config.json").write_text(json.dumps(saved))
     wanted = dict(n_layer=2, n_embd=32, norm="rmsnorm", ffn_hidden=85 if flags else 128)
-    assert script.find_checkpoint(old.parent, wanted) == old / "step000003.pt"
+    found = script.candidates(old.parent, lambda network: wanted.items() <= network.items())
+    assert list(found) == [old / "step000003.pt"]
+    assert not list(script.candidates(old.parent, lambda network: network["n_layer"] == 3))
     result = trainer.main("--resume", "auto", "--output_dir", old.parent)
     assert (result.code, result.err) == (0, "")
     assert re.findall(r"differs from the checkpoint: (\w+)", result.out) == ["output_dir"]  # the copy's
@@ -355,6 +358,29 @@ def test_a_checkpoint_without_the_later_fields_resumes_the_same(trainer, flags):
     for key in ("model", "optimizer", "loader", "rng", "network", "run"):
         a, b = content_of(whole, 6)[key], content_of(old, 6)[key]
         assert_same(a | moved, b | moved, key) if key == "run" else assert_same(a, b, key)
+
+
+def test_a_batch_size_that_is_found_is_kept_in_a_resume(trainer, monkeypatch):
+    """With the steps of one that is typed, bit for bit; on a machine with other memory too."""
+    free = [100]
+    monkeypatch.setattr(script.World, "free_memory", lambda self: free[-1])
+    flags = ["--total_batch_size", 128, "--save_every", 3]
+    typed = trainer.run("--batch_size", 2, *flags).folder
+    config, run = (cls(**content_of(typed, 6)[part]) for cls, part in ((script.GPTConfig, "network"),
+                                                                       (script.TrainConfig, "run")))
+    free.append(1.001 / 0.9 * sum(script.memory_plan(config, run, script.GPT(config)).values()))
+    result = trainer.run("--batch_size", "auto", *flags)
+    assert re.search(r"^batch_size=2: a plan of", result.out, re.M)
+    found = json.loads((result.folder / "config.json").read_text())["run"]
+    assert (found["batch_size"], found["grad_accumulation_steps"]) == (2, 2)
+    free.append(100)
+    part = trainer.copy_of(result.folder, "elsewhere")
+    assert trainer.main("--resume", part / "step000003.pt").code == 0
+    for folder in (result.folder, part):
+        assert column(steps(folder), "train_loss") == column(steps(typed), "train_loss")
+        assert content_of(folder, 6)["run"]["batch_size"] == 2
+    refused = trainer.main("--resume", part / "step000003.pt", "--batch_size", "auto")
+    assert refused.code == 2 and "one sequence of 32 takes" in refused.err and refused.err.count("\n") == 1
 
 
 def test_a_resume_may_change_what_only_colours_a_run(trainer):
@@ -383,7 +409,7 @@ def test_weights_that_are_not_their_networks_are_refused(trainer):
     for change in (lambda c: c["network"].update(n_layer=3), lambda c: c["run"].pop("model"), lambda c: c.pop("model")):
         changed = copy.deepcopy(content)
         change(changed)
-        torch.save(changed, other)
+        script.write_checkpoint(other, changed)
         result = trainer.main("--init_from", other, *data_flags(trainer.data), "--output_dir", trainer.output,
                               *"--batch_size 2 --sequence_length 32 --num_iterations 2 --device cpu".split())
         assert result.code == 2 and result.err.count("\n") == 1 and result.err.startswith(f"error: {other} "), result

@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import train_gpt2_mod as script
 from helpers import machine
@@ -114,8 +113,8 @@ def small_weights(path):
     """A file of weights for --init_from: GPT-2's network in the size that shrunk() asks for."""
     changes = dict(n_layer=1, n_head=4, n_embd=32, precision="fp32")
     config = script.GPTConfig(**{**script.base_configs["gpt2"], **changes})
-    torch.save(dict(format=1, network=dataclasses.asdict(config), run=dict(model="gpt2", sequence_length=32),
-                    model=script.GPT(config).state_dict()), path)
+    script.write_checkpoint(path, dict(network=dataclasses.asdict(config), run=dict(model="gpt2", sequence_length=32),
+                                       model=script.GPT(config).state_dict()))
 
 
 def try_training(copy, words, server):

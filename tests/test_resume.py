@@ -3,16 +3,21 @@ import importlib.util
 import json
 import math
 import platform
+import random
 import re
 import shlex
 import sys
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from helpers import LateMeter
 
 import train_gpt2_mod as script
-from launch import (ROOT, SCRIPT, assert_same, checkpoints, column, content_of, records, snapshot, steps,
-                    validations, write_data)
+from launch import (ROOT, SCRIPT, assert_same, checkpoints, column, content_of, records, snapshot, some_tokens, steps,
+                    validations, write_data, write_shard)
 
 spec = importlib.util.spec_from_file_location("sample", ROOT / "tools" / "sample.py")
 sample = importlib.util.module_from_spec(spec)
@@ -167,6 +172,250 @@ def test_flags_that_only_colour_a_run_may_change(trainer):
     assert column(steps(folder), "lr")[2:4] == pytest.approx([3e-3, 1e-3])
 
 
+@pytest.mark.parametrize("last", [3, 4, 6])
+def test_a_validation_at_the_checkpoint_is_done_again(trainer, last):
+    """Its state was saved before it; the run ended before its record, the fourth, or after it, or two steps later."""
+    whole = trainer.run().folder
+    part = trainer.copy_of(whole, "interrupted")
+    (part / "step000006.pt").unlink()
+    kept = records(whole)[:last]
+    if last > 3:
+        kept[3]["val_loss"] = 99.0
+    (part / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
+    assert trainer.main("--resume", part / "step000003.pt").code == 0
+    assert column(records(part), "step") == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert losses_of_validation(part) == losses_of_validation(whole) and repeatable(part) == repeatable(whole)
+
+
+@pytest.mark.parametrize("flags", ["--val_loss_every 4", "--input_val_bin="])
+def test_a_validation_that_is_not_due_any_more_keeps_its_record(trainer, flags):
+    folder = trainer.run().folder
+    before = validations(folder)[0]
+    assert trainer.main("--resume", folder / "step000003.pt", *flags.split()).code == 0
+    assert validations(folder)[0] == before and column(validations(folder), "step")[1:] == [4, 6] * ("4" in flags)
+
+
+def damage(path):
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("means", ["auto", "folder"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(trainer, means):
+    whole = trainer.run("--save_every", 2).folder
+    part = trainer.copy_of(whole, "damaged")
+    flags = ["--resume", part if means == "folder" else "auto", "--output_dir", part.parent]
+    damage(part / "step000006.pt")
+    result = trainer.main(*flags)
+    assert result.code == 0 and f"resumed {part / 'step000004.pt'} at step 4" in result.out
+    said, = [line for line in result.out.splitlines() if line.startswith("passed over: ")]
+    assert said == f"passed over: {part / 'step000006.pt'} is damaged: its SHA-256 is another"
+    assert_same_runs(whole, part, 6)
+    for name in checkpoints(part):
+        damage(part / name)
+    before = snapshot(part)
+    result = trainer.main(*flags)
+    assert result.code == 2 and result.err.startswith("error: there is nothing whole to resume (passed over: ")
+    assert result.err.count("\n") == 1 and all(str(part / name) in result.err for name in checkpoints(part))
+    assert snapshot(part) == before and result.folder is None
+    result = trainer.main("--resume", part / "step000002.pt")
+    assert result.code == 2 and result.err == (f"error: {part / 'step000002.pt'} is damaged: its SHA-256 is another; "
+                                               "name another\n")
+
+
+def test_auto_takes_the_run_before_where_the_newest_has_nothing_whole(trainer):
+    old = trainer.run("--num_iterations", 4).folder
+    new = trainer.run().folder
+    for name in checkpoints(new):
+        damage(new / name)
+    result = trainer.main("--resume", "auto", "--output_dir", trainer.output)
+    assert result.code == 0 and f"resumed {old / 'step000004.pt'} at step 4" in result.out
+    assert result.out.count("passed over: ") == 2
+
+
+def test_a_checksum_sees_every_changed_byte(trainer):
+    path = trainer.run("--n_layer", 1, "--n_embd", 16, "--n_head", 1, "--val_loss_every", 0).folder / "step000006.pt"
+    script.verify_checksum(path)
+    content, chance = path.read_bytes(), random.Random(0)
+    places = {*range(64), *range(len(content) - script.CHECKSUM_BYTES - 64, len(content))}
+    places |= {chance.randrange(len(content)) for _ in range(200)}
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+        with pytest.raises(script.DataError, match="is damaged|is cut short"):
+            script.verify_checksum(path)
+    for changed in (b"", content[:1], content[: script.CHECKSUM_BYTES], content[: len(content) // 2], content[:-1],
+                    content + b"\0", b"\0" + content, content[1:], content * 2):
+        path.write_bytes(changed)
+        with pytest.raises(script.DataError, match="is damaged|is cut short"):
+            script.load_checkpoint(path)
+    path.write_bytes(content)
+    script.load_checkpoint(path)
+
+
+def test_what_made_a_checkpoint_is_said_where_it_differs(trainer):
+    folder = trainer.run("--save_every", 3).folder
+    path, content = folder / "step000003.pt", content_of(folder, 3)
+    rounding, source = "losses go on equal to rounding, not bitwise: ", "differs from the checkpoint: the script; "
+    result = trainer.main("--resume", path)
+    assert result.code == 0 and rounding not in result.out and source not in result.out
+    for change, said in ((dict(torch="1.0"), f"torch={torch.__version__}, was 1.0"),
+                         (dict(device="abacus"), f"device={platform.machine()}, was abacus"),
+                         (dict(processes=7), "processes=1, was 7"),
+                         (dict(threads=99), f"threads={torch.get_num_threads()}, was 99"), (dict(source="0"), source)):
+        script.write_checkpoint(path, dict(content, made_by={**content["made_by"], **change}))
+        result = trainer.main("--resume", path)
+        assert result.code == 0 and (said if "source" in change else rounding + said) in result.out
+        assert result.out.count(rounding) + result.out.count(source) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses that are no numbers
+
+POISON = 255
+
+
+@pytest.fixture
+def poisoned(trainer, monkeypatch):
+    """A function that gives the training shards 24 steps an epoch, of which the data of these numbers, counted from 1,
+    makes the loss NaN."""
+    plain = script.cross_entropy
+
+    def cross_entropy(logits, targets, cap=0.0):
+        return plain(logits, targets, cap) * (math.nan if (targets == POISON).any() else 1.0)
+
+    def poison(*numbers, without=()):
+        tokens = some_tokens(24 * 64 + 1, 0, vocab_size=POISON)
+        tokens[::64] = 1  # so that a step's data can go without a trace
+        for number in numbers:
+            tokens[64 * number - 20] = POISON
+        for number in sorted(without, reverse=True):
+            tokens = np.delete(tokens, slice(64 * number - 64, 64 * number))
+        (trainer.data / "train_001.bin").unlink(missing_ok=True)
+        write_shard(trainer.data / "train_000.bin", tokens)
+        return tokens
+
+    monkeypatch.setattr(script, "cross_entropy", cross_entropy)
+    return poison
+
+
+def test_skipped_updates_change_nothing_and_training_goes_on(trainer, poisoned):
+    tokens = poisoned(3, 5, 6)
+    folder = trainer.run("--save_every", 1).folder
+    assert column(steps(folder), "step") == [1, 2, 3, 4, 5, 6]
+    assert [record.get("skipped") for record in steps(folder)] == [None, None, True, None, True, True]
+    assert [record["train_loss"] is None for record in steps(folder)] == [False, False, True, False, True, True]
+    contents = {step: content_of(folder, step) for step in range(1, 7)}
+    assert [content["skipped"] for content in contents.values()] == [0, 0, 1, 0, 1, 2]
+    for step in (3, 5, 6):
+        assert_same(contents[step]["model"], contents[step - 1]["model"])
+        assert_same(contents[step]["optimizer"]["state"], contents[step - 1]["optimizer"]["state"])
+        with np.load(folder / f"skipped{step:06d}.npz") as saved:
+            assert saved["tokens"].ravel().tolist() == [t for row in (0, 32) for t in
+                                                        tokens[64 * step - 64 + row :][:33]]
+    assert not torch.equal(contents[4]["model"]["lm_head.weight"], contents[3]["model"]["lm_head.weight"])
+    assert len(list(folder.glob("skipped*.npz"))) == 3
+    assert [content["tokens"] for content in contents.values()] == [64 * step for step in contents]
+    part = trainer.copy_of(folder, "interrupted")
+    assert trainer.main("--resume", part / "step000003.pt").code == 0
+    assert_same_runs(folder, part, 6)
+
+
+def test_too_many_skipped_updates_in_a_row_end_the_run(trainer, poisoned):
+    """Also when it was interrupted among them."""
+    poisoned(2, 4, 5, 6)
+    flags = ["--num_iterations", 8, "--nan_limit", 3, "--save_every", 1]
+    result = trainer.main(*trainer.flags(*flags))
+    assert result.code == 1 and result.err.startswith("error: step 6: the loss is nan") and result.err.count("\n") == 1
+    assert "3 updates in a row" in result.err and str(result.folder / "skipped000006.npz") in result.err
+    assert column(steps(result.folder), "step") == [1, 2, 3, 4, 5, 6]
+    assert "step000005.pt" in checkpoints(result.folder)
+    again = trainer.main("--resume", result.folder)
+    assert again.code == 1 and "at step 5" in again.out and "error: step 6: the loss is nan" in again.err
+    assert trainer.main("--resume", result.folder / "step000005.pt", "--nan_limit", 4).code == 0
+    assert column(steps(result.folder), "step") == list(range(1, 9))
+
+
+def test_the_first_loss_that_is_none_ends_the_run_where_that_is_the_policy(trainer, poisoned):
+    poisoned(3)
+    result = trainer.main(*trainer.flags("--nan_policy", "stop", "--save_every", 2))
+    assert result.code == 1 and result.err.startswith("error: step 3: the loss is nan") and "1 update in" in result.err
+    assert column(steps(result.folder), "step") == [1, 2, 3] and steps(result.folder)[-1]["train_loss"] is None
+    assert checkpoints(result.folder) == ["step000002.pt"] and (result.folder / "skipped000003.npz").is_file()
+
+
+ROLLBACK = ["--num_iterations", 8, "--nan_policy", "rollback", "--nan_limit", 2, "--save_every", 4, "--keep_last", 9]
+
+
+def test_a_rollback_passes_over_the_data_that_led_there(trainer, poisoned):
+    """What comes out is a run on data without those steps, bit for bit; also when it is interrupted and resumed from
+    before the rollback, from where it went back to, or from after it."""
+    poisoned(5, 6)
+    result = trainer.run(*ROLLBACK)
+    rolled = result.folder
+    said, = [line for line in result.out.splitlines() if line.startswith("rolled back ")]
+    assert said.startswith(f"rolled back from step 6 to {rolled / 'step000004.pt'}; ")
+    assert column(steps(rolled), "step") == list(range(1, 9))
+    assert not any(record.get("skipped") for record in steps(rolled))
+    assert column(validations(rolled), "step") == [3, 6, 8]
+    assert content_of(rolled, 8)["loader"] == dict(epoch=0, tokens=10 * 64)
+    poisoned(without=(5, 6))
+    cut = trainer.run(*ROLLBACK).folder
+    assert repeatable(rolled) == repeatable(cut) and losses_of_validation(rolled) == losses_of_validation(cut)
+    for part in ("model", "optimizer", "rng"):
+        assert_same(content_of(rolled, 8)[part], content_of(cut, 8)[part], part)
+    poisoned(5, 6)
+    for step in (3, 4, 6):
+        part = trainer.copy_of(rolled, f"interrupted at {step}")
+        for name in checkpoints(part):
+            if name > f"step{step:06d}.pt":
+                (part / name).unlink()
+        result = trainer.main("--resume", "auto", "--output_dir", part.parent)
+        assert result.code == 0 and f"at step {step}" in result.out
+        assert result.out.count("rolled back ") == (step < 5)
+        assert_same_runs(rolled, part, 8)
+
+
+def test_a_rollback_where_numbers_come_late(trainer, poisoned, monkeypatch):
+    """Step 7 is done when those of step 6 are known, and its data is passed over with theirs; so is its validation."""
+    monkeypatch.setattr(script, "Meter", LateMeter)
+    poisoned(3, 5, 6)
+    result = trainer.run(*ROLLBACK, "--val_loss_every", 4)
+    assert re.findall(r"rolled back from step (\d+)", result.out) == ["7"]
+    assert column(records(result.folder), "step") == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert [record["step"] for record in steps(result.folder) if record.get("skipped")] == [3]
+    assert content_of(result.folder, 8)["loader"] == dict(epoch=0, tokens=11 * 64)
+    poisoned(3, without=(5, 6, 7))
+    assert repeatable(trainer.run(*ROLLBACK, "--val_loss_every", 4).folder) == repeatable(result.folder)
+
+
+def test_three_rollbacks_to_one_checkpoint_are_enough(trainer, poisoned):
+    poisoned(*range(5, 25))
+    result = trainer.main(*trainer.flags(*ROLLBACK))
+    assert result.code == 1 and result.out.count("rolled back from step 6 to ") == 3
+    assert "2 updates in a row" in result.err and f"3 times {result.folder / 'step000004.pt'} led there" in result.err
+    assert column(steps(result.folder), "step") == [1, 2, 3, 4, 5, 6]
+    assert [content_of(result.folder, step)["skipped"] for step in (3, 4)] == [0, 0]
+
+
+def test_rollbacks_to_several_checkpoints_are_counted_for_each(trainer, poisoned):
+    """Three to step 4 and two to step 8, and so a run of twelve steps of the data of twenty-two."""
+    poisoned(*range(5, 11), *range(15, 19))
+    result = trainer.run(*ROLLBACK, "--num_iterations", 12, "--val_loss_every", 4)
+    assert re.findall(r"rolled back from step (\d+)", result.out) == ["6"] * 3 + ["10"] * 2
+    assert column(steps(result.folder), "step") == list(range(1, 13))
+    assert content_of(result.folder, 12)["loader"] == dict(epoch=0, tokens=22 * 64)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(trainer, poisoned):
+    poisoned(1, 2)
+    result = trainer.main(*trainer.flags(*ROLLBACK))
+    assert result.code == 1 and "there is no checkpoint to go back to" in result.err and result.err.count("\n") == 1
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Repetition, and other people's folders
 
@@ -232,7 +481,7 @@ def test_the_folder_of_a_run(trainer, monkeypatch):
     result = trainer.run("--mtp_enabled", "--gqa_enabled", "--n_head", 4, "--log_every", 4)
     folder = result.folder
     assert sorted(p.name for p in folder.iterdir()) == sorted(
-        [f"{folder.name}.log", "config.json", "metrics.jsonl", "step000006.pt"])
+        [f"{folder.name}.log", "config.json", "metrics.jsonl", "step000003.pt", "step000006.pt"])
     log = (folder / f"{folder.name}.log").read_text()
     assert log.startswith(SCRIPT.read_text())
     after = log[len(SCRIPT.read_text()):].splitlines()
@@ -283,19 +532,125 @@ def test_last_lines(trainer):
     assert details == dict(n_head=4, n_kv_head=2, n_embd=32, n_layer=2, kv_sharing_ratio=2.0, embd_scale_factor=0.25)
 
 
-@pytest.mark.parametrize("flags, saved, validated", [
-    ("--val_loss_every 2 --save_every 4", [4, 6], [2, 4, 6]),
-    ("--val_loss_every 4 --save_every 2", [2, 4, 6], [4, 6]),
-    ("--val_loss_every 0 --save_every 0", [6], [6]),
-    ("--val_loss_every 1 --save_every 100", [6], [1, 2, 3, 4, 5, 6]),
-    ("--no_save_checkpoints --save_every 2", [], [3, 6]),
-    ("--no-save-checkpoints --val-loss-every=5", [], [5, 6]),
+@pytest.mark.parametrize("flags, saved, kept, validated", [
+    ("--val_loss_every 2 --save_every 4", [2, 4, 6], [4, 6], [2, 4, 6]),
+    ("--val_loss_every 4 --save_every 2", [2, 4, 6], [2, 4, 6], [4, 6]),
+    ("--val_loss_every 0 --save_every 0", [6], [6], [6]),
+    ("--val_loss_every 1 --save_every 100", [1, 2, 3, 4, 5, 6], [5, 6], [1, 2, 3, 4, 5, 6]),
+    ("--val_loss_every 1 --save_every 3", [1, 2, 3, 4, 5, 6], [3, 5, 6], [1, 2, 3, 4, 5, 6]),
+    ("--val_loss_every 4 --save_every 1 --keep_last 3", [1, 2, 3, 4, 5, 6], [4, 5, 6], [4, 6]),
+    ("--val_loss_every 2 --save_every 3 --keep_last 1", [2, 3, 4, 6], [6], [2, 4, 6]),
+    ("--save_every 2 --keep_last 100", [2, 3, 4, 6], [2, 3, 4, 6], [3, 6]),
+    ("--input_val_bin= --save_every 4 --keep_last 1", [4, 6], [6], []),
+    ("--no_save_checkpoints", [], [], [3, 6]),
+    ("--no-save-checkpoints --val-loss-every=5", [], [], [5, 6]),
 ])
-def test_cadence(trainer, flags, saved, validated):
+def test_cadence(trainer, flags, saved, kept, validated):
+    """Saved before each validation, by --save_every and at the end; kept are the newest two and --save_every's, or
+    --keep_last."""
     result = trainer.run(*flags.split())
-    assert checkpoints(result.folder) == [f"step{step:06d}.pt" for step in saved]
-    assert result.out.count("\nsaved ") == len(saved)
+    assert checkpoints(result.folder) == [f"step{step:06d}.pt" for step in kept]
+    said = re.findall(r"^saved (.*): training waited [\d.]+ s, the file took [\d.]+ s$", result.out, re.M)
+    assert said == [str(result.folder / f"step{step:06d}.pt") for step in saved]
     assert column(validations(result.folder), "step") == validated
+
+
+class Clock:
+    """The script's time module; a step takes ten seconds by it."""
+
+    def __init__(self, monkeypatch):
+        self.now, step = 1000.0, script.train_step
+
+        def slow_step(*args):
+            self.now += 10
+            return step(*args)
+
+        monkeypatch.setattr(script, "train_step", slow_step)
+        monkeypatch.setattr(script, "time", SimpleNamespace(monotonic=lambda: self.now, perf_counter=time.perf_counter))
+
+
+@pytest.mark.parametrize("flags, saved", [
+    # At the start of the fourth step half a minute is over, so it is the last before the save; then it counts anew.
+    ("--save_every_minutes 0.5", [4, 8, 12]), ("--save_every_minutes 0.16", [2, 4, 6, 8, 10, 12]),
+    ("--save_every_minutes 0.5 --save_every 3", [3, 6, 9, 12]), ("--save_every_minutes 1000", [12]),
+    ("--save_every_minutes 0.5 --save_every 5", [4, 5, 9, 10, 12]), ("--save_every_minutes 0", [12]),
+])
+def test_checkpoints_by_the_clock(trainer, monkeypatch, flags, saved):
+    Clock(monkeypatch)
+    flags = ["--input_val_bin", "", "--num_iterations", 12, "--keep_last", 20, *flags.split()]
+    assert checkpoints(trainer.run(*flags).folder) == [f"step{step:06d}.pt" for step in saved]
+
+
+def test_a_checkpoint_is_of_its_step_however_late_it_is_written(trainer, monkeypatch):
+    whole = trainer.run("--save_every", 4, "--num_iterations", 12, "--val_loss_every", 0).folder
+    write, trained = script.write_checkpoint, []
+
+    def late(path, content):
+        time.sleep(0.3)
+        trained.append((path.name, len(steps(path.parent))))
+        write(path, content)
+
+    monkeypatch.setattr(script, "write_checkpoint", late)
+    folder = trainer.run("--save_every", 4, "--num_iterations", 12, "--val_loss_every", 0).folder
+    assert trained[0][0] == "step000004.pt" and trained[0][1] > 4  # training has not waited
+    for step in (4, 8, 12):
+        a, b = (content_of(run, step) for run in (folder, whole))
+        for part in ("model", "optimizer", "loader", "rng", "step", "tokens", "skipped"):
+            assert_same(a[part], b[part], part)
+
+
+class Disk:
+    """A disk that is full when the checkpoints of these numbers are to be written, counted from 1; 0 is the start."""
+
+    def __init__(self, monkeypatch, *full):
+        self.full, self.looks = full, iter(range(1000))
+        monkeypatch.setattr(script.shutil, "disk_usage", self.usage)
+
+    def usage(self, folder):
+        return SimpleNamespace(free=1000 if next(self.looks) in self.full else 10**12)
+
+
+def test_a_disk_that_is_full_for_a_while_ends_nothing(trainer, monkeypatch):
+    whole = trainer.run("--save_every", 2, "--val_loss_every", 0).folder
+    assert "free some space" not in trainer.run().out
+    Disk(monkeypatch, 0, 1, 2)
+    result = trainer.run("--save_every", 2, "--val_loss_every", 0)
+    assert f"\n{result.folder} has 0 MiB free, and a checkpoint takes 0: free some space before" in result.out
+    for step in (2, 4):
+        assert re.search(rf"^{result.folder / f'step00000{step}.pt'} was not saved \(\d+ MiB are needed and 0 free\): "
+                         "training goes on, there is none yet$", result.out, re.M)
+    assert checkpoints(result.folder) == ["step000006.pt"] and not list(result.folder.glob(".*"))
+    assert_same_runs(whole, result.folder, 6)
+
+
+def test_a_write_that_fails_late_is_said_of_its_own_step(trainer, monkeypatch):
+    """When the next one is due, which waits for it."""
+    write = script.write_checkpoint
+
+    def late(path, content):
+        if path.name == "step000002.pt":
+            time.sleep(0.3)
+            raise RuntimeError("unexpected pos 64 vs 0\nin a second line")  # torch.save's word for a full disk
+        write(path, content)
+
+    monkeypatch.setattr(script, "write_checkpoint", late)
+    result = trainer.run("--save_every", 2, "--val_loss_every", 0)
+    failed, saved = result.folder / "step000002.pt", result.folder / "step000004.pt"
+    line = f"\n{failed} was not saved (unexpected pos 64 vs 0): training goes on, there is none yet\n"
+    assert line in result.out and result.out.index(line) < result.out.index(f"\nsaved {saved}: ")
+    assert checkpoints(result.folder) == ["step000004.pt", "step000006.pt"]
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error(trainer, monkeypatch):
+    whole = trainer.run("--save_every", 2, "--val_loss_every", 0).folder
+    with monkeypatch.context() as patch:
+        Disk(patch, 3)
+        result = trainer.main(*trainer.flags("--save_every", 2, "--val_loss_every", 0))
+    assert result.code == 2 and result.err.startswith("error: the last checkpoint was not saved (")
+    assert f"{result.folder / 'step000004.pt'} is whole: " in result.err and result.err.count("\n") == 1
+    assert column(steps(result.folder), "step") == [1, 2, 3, 4, 5, 6]
+    assert trainer.main("--resume", "auto", "--output_dir", trainer.output).code == 0
+    assert_same_runs(whole, result.folder, 6)
 
 
 def test_validation_and_saving_change_no_step(trainer):

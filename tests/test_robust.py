@@ -6,10 +6,9 @@ import sys
 import time
 
 import pytest
-import torch
 
 import train_gpt2_mod as script
-from launch import SCRIPT, checkpoints, column, steps
+from launch import SCRIPT, assert_same, checkpoints, column, content_of, steps
 
 
 def files_of(folder):
@@ -32,7 +31,7 @@ def test_a_resume_sets_later_checkpoints_aside(trainer):
     folder = trainer.run("--save_every", 2).folder
     old = (folder / "step000006.pt").read_bytes()
     result = trainer.main("--resume", folder / "step000002.pt", "--num_iterations", 4, "--save_every", 0)
-    assert result.code == 0 and checkpoints(folder) == ["step000002.pt", "step000004.pt"]
+    assert result.code == 0 and checkpoints(folder) == ["step000003.pt", "step000004.pt"]
     assert (folder / "step000006.pt.aside").read_bytes() == old and "step000006.pt.aside" in result.out
     again = trainer.main("--resume", "auto", "--output_dir", trainer.output, "--num_iterations", 5)
     assert again.code == 0 and column(steps(folder), "step") == [1, 2, 3, 4, 5]
@@ -108,7 +107,8 @@ def test_a_console_that_goes_away_ends_no_run(trainer):
     os.close(read)
     assert process.communicate(timeout=120)[1] == "" and process.returncode == 0
     (folder,) = trainer.output.iterdir()
-    assert column(steps(folder), "step") == [1, 2, 3, 4, 5, 6] and checkpoints(folder) == ["step000006.pt"]
+    assert column(steps(folder), "step") == [1, 2, 3, 4, 5, 6]
+    assert checkpoints(folder) == ["step000003.pt", "step000006.pt"]
 
 
 def test_a_console_without_unicode_shows_what_it_can(trainer, tmp_path):
@@ -125,22 +125,50 @@ def test_an_interruption_is_one_line(trainer):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and err.startswith("interrupted: ") and err.count("\n") == 1
     (folder,) = trainer.output.iterdir()
+    last = steps(folder)[-1]["step"]
+    saved = folder / f"step{last:06d}.pt"
+    assert process.returncode == 75 and checkpoints(folder)[-1] == saved.name
+    assert err == f"SIGINT: training ended after step {last}, saved as {saved}; --resume auto goes on\n"
     for name in checkpoints(folder):
-        assert torch.load(folder / name, weights_only=True)["format"] == 1
+        assert script.load_checkpoint(folder / name)["step"] == script.step_of(folder / name)
 
 
-def test_an_interruption_while_a_checkpoint_is_written_is_one_line(trainer, monkeypatch):
-    """torch.save complains of what it could not finish, and that hides what stopped it."""
+@pytest.mark.parametrize("number", script.StopSignals.HANDLED, ids=lambda number: number.name)
+def test_a_signal_ends_training_after_the_step_and_a_resume_goes_on(trainer, monkeypatch, number):
+    """Nothing is left of the signals' handling, nor of the run's end."""
+    whole = trainer.run("--val_loss_every", 0).folder
+    handlers = [signal.getsignal(other) for other in script.StopSignals.HANDLED]
+    plain, entered = script.train_step, []
 
-    def interrupted(content, file):
-        try:
-            raise KeyboardInterrupt
-        finally:
-            raise RuntimeError("unexpected pos 64 vs 0")
+    def train_step(model, state, *others):
+        if state.step == 2:
+            signal.raise_signal(number)
+            while entered[0].asked is None:
+                time.sleep(0.001)
+        return plain(model, state, *others)
 
-    monkeypatch.setattr(torch, "save", interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "train_step", train_step)
+        patch.setattr(script.StopSignals, "__enter__", lambda self, enter=script.StopSignals.__enter__:
+                      entered.append(enter(self)) or self)
+        result = trainer.main(*trainer.flags("--val_loss_every", 0))
+    saved = result.folder / "step000004.pt"  # the fourth step is the first that knows
+    assert result.code == 75 and result.err == (f"{number.name}: training ended after step 4, saved as {saved}; "
+                                                "--resume auto goes on\n")
+    assert checkpoints(result.folder) == [saved.name]
+    assert result.err in (result.folder / f"{result.folder.name}.log").read_text()
+    assert [signal.getsignal(other) for other in script.StopSignals.HANDLED] == handlers
+    assert trainer.main("--resume", result.folder).code == 0
+    assert column(steps(result.folder), "train_loss") == column(steps(whole), "train_loss")
+    assert_same(content_of(result.folder, 6)["model"], content_of(whole, 6)["model"])
+
+
+def test_an_interruption_before_training_is_one_line(trainer, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "TokenShards", interrupted)
     result = trainer.main(*trainer.flags())
-    assert result.code == 130 and result.err.startswith("interrupted: ") and result.err.count("\n") == 1
-    assert not list(result.folder.glob("*.pt")) and not list(result.folder.glob(".*tmp"))
+    assert result.code == 130 and result.folder is None
+    assert result.err.startswith("interrupted: ") and result.err.count("\n") == 1

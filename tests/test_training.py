@@ -1,13 +1,17 @@
 """Schedule, optimizer, numerics, the training step, evaluation and the meter against slow references."""
 import contextlib
+import copy
 import math
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from helpers import CPU, FakeWorld, batch_of, naive_cross_entropy, random_tokens, small_config, small_run, write_shards
+from helpers import (CPU, FakeWorld, LateMeter, batch_of, naive_cross_entropy, random_tokens, read_slowly, small_config,
+                     small_run, write_shards)
+from launch import assert_same
 from torch import nn
 
 import train_gpt2_mod as script
@@ -88,10 +92,13 @@ def test_a_step_is_adamw_written_out(float64):
             v.copy_(0.95 * v + 0.05 * p.grad**2)
             w.mul_(1 - lr * (0.2 if p.dim() >= 2 else 0))
             w.sub_(lr * (m / (1 - 0.8**t)) / (torch.sqrt(v / (1 - 0.95**t)) + 1e-8))
-        numerics.step(optimizer, parameters, run.grad_clip)
+        numerics.step(optimizer, parameters, run.grad_clip, LOSS)
         assert all(p.grad is None for p in parameters)
         for w, p in zip(expected, parameters):
             torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-14)
+
+
+LOSS = torch.tensor(2.0)  # where nothing depends on it
 
 
 def sgd(*tensors):
@@ -104,7 +111,7 @@ def sgd(*tensors):
 def test_clipping_is_by_the_norm_of_the_whole_gradient(float64, clip):
     (a, b), optimizer = sgd(torch.zeros(2), torch.zeros(1, 1))
     a.grad, b.grad = torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])  # of norm 13
-    norm = script.Numerics("fp32", CPU).step(optimizer, [a, b], clip)
+    norm = script.Numerics("fp32", CPU).step(optimizer, [a, b], clip, LOSS)
     assert norm.item() == pytest.approx(13, rel=1e-12)
     factor = clip / 13 if 0 < clip < 13 else 1.0
     assert [-z for z in (*a.tolist(), *b.flatten().tolist())] == pytest.approx([3 * factor, 4 * factor, 12 * factor],
@@ -114,7 +121,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(float64, clip):
 def test_a_parameter_without_a_gradient_is_left_alone():
     (a, b), optimizer = sgd(torch.zeros(2), torch.ones(2))
     a.grad = torch.tensor([3.0, 4.0])
-    assert script.Numerics("fp32", CPU).step(optimizer, [a, b], 1.0).item() == 5
+    assert script.Numerics("fp32", CPU).step(optimizer, [a, b], 1.0, LOSS).item() == 5
     assert torch.equal(b.detach(), torch.ones(2))
 
 
@@ -133,7 +140,7 @@ def test_without_fp16_the_scaler_passes_everything_through(precision):
             logits, loss = ours(idx, targets)
         assert logits.dtype == dtype
         numerics.backward(loss)
-        norm = numerics.step(optimizers[0], list(ours.parameters()), 0.5)
+        norm = numerics.step(optimizers[0], list(ours.parameters()), 0.5, loss.detach())
         with torch.autocast("cpu", dtype) if precision == "bf16" else contextlib.nullcontext():
             plain(idx, targets)[1].backward()
         assert torch.equal(norm, nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
@@ -149,13 +156,51 @@ def test_the_fp16_scaler_skips_an_overflow_and_halves_its_scale():
     before = numerics.scaler.get_scale()
     for norm in (math.inf, math.nan):
         numerics.backward((w * torch.tensor([1.0, norm])).sum())
-        assert not math.isfinite(numerics.step(optimizer, [w], 1.0).item())
+        assert not math.isfinite(numerics.step(optimizer, [w], 1.0, LOSS).item())
         assert torch.equal(w.detach(), torch.ones(2)) and w.grad is None
     assert numerics.scaler.get_scale() == before / 4
     numerics.backward((w * torch.tensor([3.0, 4.0])).sum())
-    assert numerics.step(optimizer, [w], 1.0).item() == pytest.approx(5)  # of the gradient unscaled, before clipping
+    norm = numerics.step(optimizer, [w], 1.0, LOSS)
+    assert norm.item() == pytest.approx(5)  # of the gradient unscaled, before clipping
     torch.testing.assert_close(w.detach(), 1 - torch.tensor([0.6, 0.8]))
     assert numerics.scaler.get_scale() == before / 4
+
+
+def three_updates(fused, clip, bad):
+    """Weights and state of AdamW after a good update, a bad one (a loss and two gradients) and a good one; a bad one
+    that is None is left out. Gives the states after the first, the second and the last, and the norms."""
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2))]
+    optimizer, numerics = torch.optim.AdamW(parameters, lr=0.1, fused=fused), script.Numerics("fp32", CPU)
+    good = [(LOSS, [torch.randn(3, 2), torch.randn(2)]) for _ in range(2)]
+    states, norms = [], []
+    for loss, gradients in [good[0], *([bad] if bad else []), good[1]]:
+        for p, gradient in zip(parameters, gradients):
+            p.grad = gradient.clone()
+        norms.append(numerics.step(optimizer, parameters, clip, loss).item())
+        assert all(p.grad is None for p in parameters)
+        states.append(copy.deepcopy([[p.detach() for p in parameters], optimizer.state_dict()]))
+    return states, norms
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("loss, value", [(math.nan, 1.0), (math.inf, 1.0), (-math.inf, 1.0), (2.0, math.nan),
+                                         (2.0, math.inf), (2.0, -math.inf), (math.nan, math.nan)])
+def test_an_update_that_is_not_finite_changes_no_bit(fused, clip, loss, value):
+    """Neither of the weights nor of AdamW's means, squares and count; the next update is as if it had not been."""
+    gradients = [torch.ones(3, 2), torch.ones(2)]
+    gradients[0][2, 1] = value
+    states, norms = three_updates(fused, clip, (torch.tensor(loss), gradients))
+    without, other_norms = three_updates(fused, clip, None)
+    assert_same(states[1], states[0])
+    assert_same(states[2], without[1])
+    assert math.isfinite(norms[1]) == math.isfinite(value) and norms[::2] == other_norms
+    for before, after in zip(states[1][0], states[2][0]):
+        assert not torch.equal(before, after)  # the good update that follows counts
+
+
+NOBODY = False, False, False  # asks for anything
 
 
 def state_of(model, run, precision, batches):
@@ -178,11 +223,12 @@ def test_accumulated_micro_batches_are_one_big_batch(float64, micro_steps):
     results = []
     for model, given, steps in ((small, batches, micro_steps), (big, [(idx, targets)], 1)):
         run = small_run(batch_size=8 // steps, grad_accumulation_steps=steps, grad_clip=0.1)
-        results.append(script.train_step(model, state_of(model, run, "fp32", given), row, run, FakeWorld()))
-    (loss, norm), (big_loss, big_norm) = results
-    torch.testing.assert_close(loss, big_loss, rtol=0, atol=1e-12)
+        state = state_of(model, run, "fp32", given)
+        results.append(script.train_step(model, state, row, run, FakeWorld(), (False, True, False)))
+    (numbers, norm), (big_numbers, big_norm) = results
+    torch.testing.assert_close(numbers, big_numbers, rtol=0, atol=1e-12)
     torch.testing.assert_close(norm, big_norm, rtol=0, atol=1e-12)
-    assert norm > 0.1 and not loss.requires_grad
+    assert norm > 0.1 and not numbers.requires_grad and numbers.tolist()[1:] == [0, 1, 0]
     for a, b in zip(small.parameters(), big.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
@@ -191,7 +237,8 @@ def test_a_process_takes_its_share_of_the_micro_batches():
     model, run = script.GPT(small_config()), small_run(grad_accumulation_steps=6)
     given = []
     batches = (given.append(i) or batch_of(model.config, seed=i) for i in range(100))
-    script.train_step(model, state_of(model, run, "fp32", batches), script.Plan(0.0, 0.0), run, FakeWorld(0, 3))
+    state = state_of(model, run, "fp32", batches)
+    script.train_step(model, state, script.Plan(0.0, 0.0), run, FakeWorld(0, 3), NOBODY)
     assert given == [0, 1]
 
 
@@ -212,8 +259,9 @@ def naive_evaluation(model, tokens, run):
     return {k: sum(values) / len(values) for k, values in losses.items()}
 
 
-def evaluate_everywhere(model, shards, run, size):
-    """evaluate() of each of `size` processes: first all give their share of the sum, then all get the whole."""
+def evaluate_everywhere(model, shards, run, size, signals=None):
+    """evaluate() of each of `size` processes: first all give their share of the sum, then all get the whole. `signals`
+    makes those of a process, by its rank."""
     shares, numerics = [], script.Numerics("fp32", CPU)
 
     class World(FakeWorld):
@@ -221,7 +269,7 @@ def evaluate_everywhere(model, shards, run, size):
             shares.append(tensor.clone())
             return torch.ones_like(tensor) if len(shares) <= size else sum(shares[:size])
 
-    return [script.evaluate(model, shards, model.config, run, World(rank, size), numerics)
+    return [script.evaluate(model, shards, model.config, run, World(rank, size), numerics, signals and signals(rank))
             for rank in [*range(size), *range(size)]][size:]
 
 
@@ -254,6 +302,32 @@ def test_evaluation_tells_mtp_from_the_next_token_loss(float64, tmp_path, batch,
         assert found["mtp_weight"] == 0.25
 
 
+class StopBefore:
+    """Signals that come before the batch of this number."""
+
+    def __init__(self, batch):
+        self.left = batch
+
+    @property
+    def asked(self):
+        self.left -= 1
+        return "SIGTERM" if self.left < 0 else None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_an_evaluation_that_one_process_is_asked_to_stop_is_none_for_all(tmp_path, size):
+    model = script.GPT(small_config())
+    shards = script.TokenShards(write_shards(tmp_path, random_tokens(100)))
+    run = small_run(val_tokens=96, val_batch_size=2)  # six batches
+    whole = evaluate_everywhere(model, shards, run, size)
+    never = evaluate_everywhere(model, shards, run, size, lambda rank: StopBefore(6))
+    assert whole == never and whole[0]["val_targets"] == 96
+    for before in range(6 // size):
+        last = lambda rank: StopBefore(before if rank == size - 1 else 6)  # noqa: E731
+        assert evaluate_everywhere(model, shards, run, size, last) == [None] * size
+        assert model.training
+
+
 def test_evaluation_keeps_no_graph_and_no_gradient(tmp_path):
     model = script.GPT(small_config())
     shards = script.TokenShards(write_shards(tmp_path, random_tokens(70)))
@@ -264,7 +338,10 @@ def test_evaluation_keeps_no_graph_and_no_gradient(tmp_path):
 
 class Records(script.NullLog):
     def __init__(self):
-        self.records, self.lines = [], []
+        self.records, self.lines, self.said = [], [], []
+
+    def text(self, line):
+        self.said.append(line)
 
     def record(self, record, steps):
         self.records.append(record)
@@ -276,15 +353,21 @@ def metered(monkeypatch, seconds, run=None, device=CPU, losses=None, norm=0.5, p
     run = run or small_run(num_iterations=len(seconds))
     clock = [100.0]
     monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    model = script.GPT(small_config())
-    state = SimpleNamespace(model=model, seconds=0.0, numerics=script.Numerics(precision, CPU))
+    state = SimpleNamespace(model=script.GPT(small_config()), numerics=script.Numerics(precision, CPU), seconds=0.0,
+                            step=0, tokens=0, skipped=0)
     log = Records()
-    meter = script.Meter(state, model.config, run, FakeWorld(device=device), log)
+    meter = script.Meter(state, run, FakeWorld(device=device), log, "run")
     for i, length in enumerate(seconds):
         clock[0] += length
-        loss = torch.tensor(losses[i] if losses else 2.0)
-        meter.submit(i + 1, (i + 1) * run.tokens_per_step, loss, torch.tensor(norm), script.Plan(1e-3, 0.0))
+        submit(meter, losses[i] if losses else 2.0, norm)
     return meter, log, clock
+
+
+def submit(meter, loss=2.0, norm=0.5, asked=NOBODY, cursor=None):
+    """Count a step and give the meter its numbers."""
+    state = meter.state
+    state.step, state.tokens = state.step + 1, state.tokens + meter.run.tokens_per_step
+    meter.submit(torch.tensor([loss, *map(float, asked)]), torch.tensor(norm), script.Plan(1e-3, 0.0), cursor)
 
 
 def test_the_average_step_leaves_the_first_ones_out(monkeypatch):
@@ -306,7 +389,7 @@ def test_time_outside_training_does_not_count(monkeypatch):
     meter.flush()
     meter.resume()
     clock[0] += 3
-    meter.submit(3, 48, torch.tensor(2.0), torch.tensor(0.5), script.Plan(1e-3, 0.0))
+    submit(meter)
     assert log.records[-1]["step_ms"] == pytest.approx(3000) and meter.state.seconds == pytest.approx(5)
 
 
@@ -351,17 +434,134 @@ def test_on_a_gpu_a_step_is_reported_when_the_next_is_queued(monkeypatch):
     assert [record["step"] for record in log.records] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_training(monkeypatch, loss):
-    with pytest.raises(script.DivergedError, match="the loss of step 2 is .*lower --learning_rate"):
-        metered(monkeypatch, [1.0, 1.0], losses=[2.0, loss])
+def meter_on_data(folder, device="cpu", rank=0, size=1, **changes):
+    """A meter whose run's folder is folder/run, over a loader of three steps of 32 tokens an epoch."""
+    run = small_run(output_dir=str(folder), grad_accumulation_steps=2, **changes)
+    tokens = random_tokens(3 * 32 + 2 + 5, vocab_size=50257)
+    shards = script.TokenShards(write_shards(folder, tokens[:50], tokens[50:]))
+    (folder / "run").mkdir(exist_ok=True)
+    state = SimpleNamespace(
+        model=script.GPT(small_config()), numerics=script.Numerics("fp32", CPU), seconds=0.0, step=0, tokens=0,
+        skipped=0, loader=script.DistributedDataLoader(shards, run, 2, FakeWorld(rank, size)),
+    )
+    return script.Meter(state, run, FakeWorld(rank, size, torch.device(device)), Records(), "run")
 
 
-def test_a_gradient_that_is_no_number_stops_training_but_where_the_scaler_skips(monkeypatch):
-    with pytest.raises(script.DivergedError, match="gradient norm inf.*lower --learning_rate"):
-        metered(monkeypatch, [1.0], norm=math.inf)
-    _, log, _ = metered(monkeypatch, [1.0], norm=math.inf, precision="fp16")
-    assert log.records[0]["grad_norm"] is None
+@pytest.mark.parametrize("shares, requests", [
+    ((0, 0, 0), set()), ((1, 0, 0), {"stop"}), ((0, 0.5, 0), {"save"}), ((0, 0, 0.125), {"data"}),
+    ((1, 1 / 3, 0.25), {"stop", "save", "data"}),
+])
+def test_what_any_process_asks_for_is_a_request(tmp_path, shares, requests):
+    """Seen with the step's other numbers: at once, or on a GPU when the next step is queued."""
+    meter, late, last = (meter_on_data(tmp_path, device) for device in ("cpu", "cuda", "cuda"))
+    submit(meter, asked=shares)
+    assert meter.requests == requests
+    submit(meter)
+    assert meter.requests == requests  # until they are done
+    submit(late, asked=shares)
+    assert late.requests == set()
+    submit(late)
+    assert late.requests == requests
+    submit(last, asked=shares)
+    last.flush()
+    assert last.requests == requests
+
+
+def next_step(meter, loss=2.0, norm=0.5):
+    """Take a step's batches from the loader and submit it; gives their rows of T + lookahead tokens."""
+    loader, rows = meter.state.loader, []
+    cursor = loader.state_dict()
+    for _ in loader.turns:
+        x, targets = loader.next_batch()
+        rows += torch.cat((x, *(target[:, -1:] for target in targets.values())), dim=1).tolist()
+    submit(meter, loss, norm, cursor=cursor)
+    return rows
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_skipped_batch_is_written_as_it_was(tmp_path, shuffle, device):
+    """In each of seven steps, which are two epochs and one step; on a GPU they are read when the next is queued."""
+    meter = meter_on_data(tmp_path, device, shuffle=shuffle, nan_limit=100)
+    given = [next_step(meter, math.nan) for _ in range(7)]
+    meter.flush()
+    tokens, T = read_slowly(tmp_path), meter.run.sequence_length
+    for step, rows in enumerate(given, 1):
+        epoch, place = divmod(step - 1, 3)
+        order = np.random.default_rng((meter.run.seed, epoch)).permutation(12) if shuffle else np.arange(12)
+        numbers = order[4 * place : 4 * place + 4].tolist()
+        with np.load(tmp_path / "run" / f"skipped{step:06d}.npz") as saved:
+            assert (saved["step"], saved["epoch"], saved["rows"].tolist()) == (step, epoch, numbers)
+            assert saved["tokens"].dtype == np.uint16 and saved["tokens"].tolist() == rows
+        assert rows == [tokens[number * T : number * T + T + 2] for number in numbers]
+    assert len(list((tmp_path / "run").iterdir())) == 7
+    assert f"its batch is in {tmp_path}/run/skipped000007.npz" in meter.log.said[-1]
+
+
+def test_a_skipped_batch_is_that_of_all_processes_and_written_once(tmp_path):
+    rows = []
+    for rank in (1, 0):
+        assert not list((tmp_path / "run").glob("*"))
+        rows[:0] = next_step(meter_on_data(tmp_path, rank=rank, size=2), math.nan)
+    path, = (tmp_path / "run").iterdir()
+    with np.load(path) as saved:
+        assert saved["tokens"].tolist() == rows and len(rows) == 4
+
+
+@pytest.mark.parametrize("damage", ["shards", "folder"])
+def test_a_skipped_batch_that_cannot_be_written_is_said(tmp_path, damage):
+    meter = meter_on_data(tmp_path)
+    next_step(meter)
+    for path in tmp_path.glob("*.bin" if damage == "shards" else "run"):
+        path.unlink() if damage == "shards" else path.rmdir()
+    next_step(meter, math.nan)
+    assert "its batch cannot be written (" in meter.log.said[-1] and not list(tmp_path.rglob("*.npz"))
+    assert ("part_000.bin" if damage == "shards" else "No such file") in meter.log.said[-1]
+
+
+def test_updates_skipped_in_a_row_are_counted(tmp_path):
+    meter = meter_on_data(tmp_path, nan_limit=3)
+    counts = []
+    for loss, norm in ((2.0, 0.5), (math.nan, 0.5), (2.0, math.inf), (2.0, 0.5), (math.inf, math.nan), (-math.inf, 1)):
+        next_step(meter, loss, norm)
+        counts.append(meter.state.skipped)
+    assert counts == [0, 1, 2, 0, 1, 2] and not meter.rollback
+    records = meter.log.records
+    assert [record.get("skipped", False) for record in records] == [count > 0 for count in counts]
+    assert [record["train_loss"] for record in records] == [None if count else 2.0 for count in counts]
+    assert [record["grad_norm"] for record in records] == [0.5, 0.5, None, 0.5, None, 1]
+    assert meter.log.lines[1] == "step:2/10 | update skipped: the loss or the gradient is not finite | tokens 64"
+    with pytest.raises(script.DivergedError, match="step 7: the loss is nan.*skipped000007.npz: 3 updates in a row came"
+                       " to nothing.*lower --learning_rate"):
+        next_step(meter, math.nan)
+    assert len(meter.log.records) == 7
+
+
+def test_a_rollback_is_asked_for_at_the_limit(tmp_path):
+    meter = meter_on_data(tmp_path, nan_limit=2, nan_policy="rollback")
+    asked = []
+    for loss in (math.nan, 2.0, math.nan, math.nan):
+        next_step(meter, loss)
+        asked.append(meter.rollback)
+    assert asked == [False, False, False, True]
+
+
+@pytest.mark.parametrize("loss, norm", [(math.nan, 0.5), (math.inf, 0.5), (2.0, math.inf), (2.0, math.nan)])
+def test_the_first_number_that_is_none_stops_training_where_that_is_the_policy(tmp_path, loss, norm):
+    meter = meter_on_data(tmp_path, nan_policy="stop")
+    next_step(meter)
+    with pytest.raises(script.DivergedError, match=f"step 2: the loss is {loss}, the norm of its gradient {norm}.*"
+                       "1 update in a row.*lower --learning_rate"):
+        next_step(meter, loss, norm)
+    assert (tmp_path / "run" / "skipped000002.npz").is_file()
+
+
+def test_an_overflow_that_the_scaler_takes_care_of_is_no_skipped_update(monkeypatch):
+    run = small_run(num_iterations=1, nan_policy="stop")
+    meter, log, _ = metered(monkeypatch, [1.0], run, norm=math.inf, precision="fp16")
+    record, = log.records
+    assert record["grad_norm"] is None and record["train_loss"] == 2.0 and "skipped" not in record
+    assert meter.state.skipped == 0
 
 
 STEP_LINE = re.compile(
@@ -387,13 +587,6 @@ def test_the_lines_of_the_log(monkeypatch):
 def test_the_last_step_is_recorded_where_numbers_come_late(tmp_path, monkeypatch):
     """As on a GPU, where a step's numbers are read when the next one is queued; nothing is saved or validated."""
 
-    class LateMeter(script.Meter):
-        def submit(self, step, tokens, loss, grad_norm, row):
-            read = self.world.read_later(torch.stack([loss, grad_norm]))
-            previous, self.pending = self.pending, (step, tokens, read, row)
-            if previous:
-                self.report(*previous)
-
     class Log(script.NullLog):
         steps = []
 
@@ -406,5 +599,5 @@ def test_the_last_step_is_recorded_where_numbers_come_late(tmp_path, monkeypatch
     loader = script.DistributedDataLoader(script.TokenShards(write_shards(tmp_path, random_tokens(300))), run, 1, world)
     model = script.GPT(config)
     state = script.TrainState(model, script.make_optimizer(model, run, CPU), script.Numerics("fp32", CPU), loader)
-    script.train(state, config, run, world, Log(), "x", None)
+    script.train(state, config, run, world, Log(), "x", None, None)
     assert Log.steps == [1, 2, 3] and state.step == 3

@@ -2,11 +2,14 @@
 import json
 import struct
 import sys
+import threading
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
-from launch import snapshot, steps, validations
+import train_gpt2_mod as script
+from launch import checkpoints, column, records, snapshot, steps, validations
 
 BLOCK, FIRST_HEADER, HEADER = 2**15, 7, 7  # bytes: of a block, of the file's own header, of a record's
 
@@ -90,13 +93,79 @@ def test_without_the_package(trainer, monkeypatch):
     assert snapshot(trainer.output.parent) == before
 
 
-def test_a_wandb_that_does_not_start_is_one_line(trainer, monkeypatch):
-    def refuse(**settings):
-        raise wandb.Error("api_key not configured\nmore")
+def fail_online(monkeypatch, error):
+    """Have W&B start offline only; gives the modes that were tried."""
+    init, modes = wandb.init, []
 
-    import wandb
+    def start(mode=None, **settings):
+        modes.append(mode)
+        if mode != "offline":
+            raise error
+        return init(mode=mode, **settings)
 
-    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(wandb, "init", start)
+    return modes
+
+
+@pytest.mark.parametrize("error, said", [
+    (wandb.errors.CommError("Run initialization has timed out\nafter 60 s"), "Run initialization has timed out"),
+    (ConnectionRefusedError(111, "Connection refused"), "[Errno 111] Connection refused"),
+    (TimeoutError(), "TimeoutError"),
+])
+def test_without_its_network_records_stay_on_the_disk(trainer, monkeypatch, error, said):
+    modes = fail_online(monkeypatch, error)
+    result = trainer.run("--log_wandb")
+    assert modes == [None, "offline"]
+    note = f"W&B cannot be reached ({said}): its records stay in {result.folder}/wandb; `wandb sync` sends them\n"
+    assert result.out.count(note) == 1 and note in (result.folder / f"{result.folder.name}.log").read_text()
+    path, = (result.folder / "wandb").rglob("*.wandb")
+    rows = history(read_wandb(path))
+    assert [rows[64 * step]["train_loss"] for step in range(1, 7)] == column(steps(result.folder), "train_loss")
+
+
+@pytest.mark.parametrize("error", [
+    wandb.Error("api_key not configured\nmore"), wandb.errors.AuthenticationError("api_key not configured"),
+    wandb.errors.UsageError("api_key not configured"), ValueError("api_key not configured"),
+])
+def test_a_wandb_that_does_not_start_is_one_line(trainer, monkeypatch, error):
+    modes = fail_online(monkeypatch, error)
     result = trainer.main(*trainer.flags("--log_wandb"))
-    assert result.code == 2 and len(result.err.splitlines()) == 1
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and modes == [None]
     assert result.err.startswith("error: log_wandb: W&B does not start (api_key not configured); set WANDB_MODE=off")
+    assert not list(result.folder.glob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize("message", ["the pipe is broken\nin a second line", ""])
+def test_a_wandb_that_fails_on_the_way_ends_nothing_and_is_said_once(trainer, monkeypatch, message):
+    plain, calls = trainer.run().folder, []
+
+    def log(self, values, step=None):
+        calls.append(step)
+        if len(calls) >= 3:
+            raise BrokenPipeError(message)
+
+    monkeypatch.setattr(wandb.Run, "log", log)
+    result = trainer.run("--log_wandb")
+    assert calls == [64, 128, 192]
+    said, = [line for line in result.out.splitlines() if line.startswith("W&B failed (")]
+    assert f"({message.splitlines()[0] if message else 'BrokenPipeError'}): training goes on without" in said
+    assert column(records(result.folder), "step") == column(records(plain), "step")
+    assert column(steps(result.folder), "train_loss") == column(steps(plain), "train_loss")
+    assert checkpoints(result.folder) == checkpoints(plain)
+
+
+def test_a_wandb_that_does_not_end_is_left_alone(trainer, monkeypatch):
+    monkeypatch.setattr(script, "WANDB_PATIENCE", 0.1)
+    finish, allowed, done = wandb.Run.finish, threading.Event(), threading.Event()
+
+    def late(self, *args, **kwargs):
+        allowed.wait(60)
+        finish(self, *args, **kwargs)
+        done.set()
+
+    monkeypatch.setattr(wandb.Run, "finish", late)
+    result = trainer.run("--log_wandb")
+    allowed.set()
+    line = f"W&B has not taken everything in 0.1 s; `wandb sync {result.folder}/wandb/run-*` sends the rest"
+    assert line in result.out.splitlines()
+    assert done.wait(60)

@@ -388,12 +388,12 @@ def import_weights(source, out, overwrite):
         raise DataError(f"{source} has no {CONFIG}; name a folder as transformers saves it, or a name on the hub")
     family, config, length, notes = read_network(read_json(path), f"{source}/{CONFIG}")
     model = preset_of(config, family)
-    content = dict(format=1, network=dataclasses.asdict(config), run=dict(model=model, sequence_length=length),
+    content = dict(network=dataclasses.asdict(config), run=dict(model=model, sequence_length=length),
                    model=to_ours(config, family, read_weights(files, source), source))
     with staging(out) as new:
         try:
-            torch.save(content, Path(new) / out.name)
-        except RuntimeError as e:  # torch's word for a full disk
+            script.write_checkpoint(Path(new) / out.name, content)
+        except (OSError, RuntimeError) as e:  # torch has the second for a full disk
             raise DataError(f"{out} cannot be written ({str(e).splitlines()[0]}); free some space, or name another "
                             "place") from e
         place(Path(new) / out.name, out)

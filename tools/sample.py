@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 from shards import Parser  # noqa: E402
 from text_encodings import TOKENIZER, get_encoding  # noqa: E402
 from train_gpt2_mod import (  # noqa: E402
-    GPT, WEIGHTS, GPTConfig, find_checkpoint, load_checkpoint, newest_checkpoint, require,
+    GPT, WEIGHTS, GPTConfig, candidates, load_checkpoint, newest_checkpoint, require,
 )
 
 ENCODINGS = {257: "bytes", 50257: "gpt2"}  # by size of the vocabulary
@@ -29,7 +29,7 @@ def find(path):
     """The checkpoint that a path means: a file, the newest of a run's folder, or that of the newest run in a folder."""
     if path.is_file():
         return path
-    found = newest_checkpoint(path) or find_checkpoint(path, {})
+    found = newest_checkpoint(path) or next(candidates(path, lambda network: True), None)
     require(found, f"{path} holds no checkpoint; name a .pt file, a run's folder or a folder of runs")
     return found
 
