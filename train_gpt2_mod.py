@@ -60,11 +60,12 @@ HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matri
 WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 16 bytes; float8 kernels refuse others
 NORM_EPS = 1e-6
 NAN_POLICIES = ("stop", "skip", "rollback")
+LARGEST_BATCH = 2**14  # sequences in a micro-batch that --batch_size auto thinks of
 CHECKED_TOKENS = 2**22  # read at once when a shard's ids are checked: 8 MiB
 MOST_ROLLBACKS = 3  # to one checkpoint
 MEMORY_SHARE = 0.9  # of the free memory, which --batch_size auto fills by the plan
 IGNORED = -1  # a target that counts neither in the loss nor in its mean
-LARGEST = 10**12  # of a whole number in the configuration: what is above it is a slip, and would overflow somewhere
+LARGEST = 10**12  # of a whole number anywhere: what is above it is a slip, and would overflow somewhere
 WANDB_PATIENCE = 60  # seconds that W&B has to start, and to send its last records
 TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
 
@@ -120,12 +121,13 @@ KNOWN_ENDINGS = ConfigError, DataError, DivergedError, LostError, Stopped
 # Config: three dataclasses are the one source of flags, defaults, help and validation
 
 
-def option(default, help, *, choices=None, aliases=(), switches=None, rebuilds=True, parse=None):
+def option(default, help, *, choices=None, aliases=(), switches=None, rebuilds=True, parse=None, most=None):
     """A dataclass field with what its flag needs. `choices` may be a function, for registries that stand further down;
     `switches` are flags without a value that set one, flag -> value; `rebuilds` says, for a field of GPTConfig, whether
-    another value makes another network."""
+    another value makes another network; `most` is the largest value that can be meant."""
     return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=choices, aliases=aliases, switches=switches or {}, rebuilds=rebuilds, parse=parse
+        help=help, choices=choices, aliases=aliases, switches=switches or {}, rebuilds=rebuilds, parse=parse,
+        most=most or LARGEST,
     ))
 
 
@@ -160,9 +162,12 @@ def check_fields(config):
         choices = choices() if callable(choices) else choices
         if choices and value not in choices:
             raise ConfigError(unknown_choice(f.name, value, choices))
+        kinds = (int, float) if f.type is float else f.type
+        right = isinstance(value, kinds) and (f.type is bool or not isinstance(value, bool))
+        require(right or value is f.default is None, f"{f.name}={value!r} must be of type {f.type.__name__}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             require(math.isfinite(value) and value >= 0, f"{f.name}={value} must be a finite number of at least 0")
-            limit = LARGEST if isinstance(value, int) else torch.finfo(torch.float32).max
+            limit = f.metadata["most"] if isinstance(value, int) else torch.finfo(torch.float32).max
             require(value <= limit, f"{f.name}={value} must be at most {limit:g}")
 
 
@@ -170,11 +175,15 @@ def check_fields(config):
 class GPTConfig:
     """The network. Resumed or continued from, it stays what it is, but for the fields that rebuild nothing."""
 
-    vocab_size: int = option(GPT2_VOCAB_SIZE, "number of token ids (unset: what the shards say)")
-    n_layer: int = option(12, "number of blocks", aliases=("n_layers",))
-    n_head: int = option(12, "query heads (unset with --n_embd typed: heads of size 64)", aliases=("n_heads",))
-    n_kv_head: int = option(0, "key/value heads, a divisor of n_head; 0: as many as n_head", aliases=("n_kv_heads",))
-    n_embd: int = option(768, "width of the residual stream", aliases=("d_model",))
+    vocab_size: int = option(GPT2_VOCAB_SIZE, "number of token ids (unset: what the shards say)", most=2**24)
+    n_layer: int = option(12, "number of blocks", aliases=("n_layers",), most=1000)
+    n_head: int = option(
+        12, "query heads (unset with --n_embd typed: heads of size 64)", aliases=("n_heads",), most=2**16
+    )
+    n_kv_head: int = option(
+        0, "key/value heads, a divisor of n_head; 0: as many as n_head", aliases=("n_kv_heads",), most=2**16
+    )
+    n_embd: int = option(768, "width of the residual stream", aliases=("d_model",), most=2**20)
     tie_embeddings: bool = option(True, "give the head a matrix of its own")
     bias: bool = option(False, "biases in the linear layers of the blocks, and in LayerNorms with weights")
     dropout: float = option(0.0, "share dropped of embeddings, attention weights and blocks' outputs", rebuilds=False)
@@ -189,16 +198,16 @@ class GPTConfig:
         "rope", "how a token's position is told", choices=("rope", "learned"), switches=dict(use_rope="rope")
     )
     rope_base: float = option(10000.0, "base of the rotary frequencies")
-    n_positions: int = option(1024, "learned positions, the longest sequence there is with them")
+    n_positions: int = option(1024, "learned positions, the longest sequence there is with them", most=2**24)
     mixer: str = option("attention", "what mixes positions; latent is MLA", choices=lambda: tuple(mixers))
-    kv_rank: int = option(256, "width of the latent from which MLA makes keys and values")
-    rope_head_dim: int = option(32, "rotary part of MLA's heads, beside n_embd / n_head without position")
+    kv_rank: int = option(256, "width of the latent from which MLA makes keys and values", most=2**20)
+    rope_head_dim: int = option(32, "rotary part of MLA's heads, beside n_embd / n_head without position", most=2**20)
     qk_norm: bool = option(False, "RMSNorm of queries and keys over the head size, before RoPE")
     window: int = option(0, "tokens a query sees, its own included; 0: all before it")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
     mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
     mlp_expansion_factor: float = option(4.0, "MLP hidden width as a multiple of n_embd; 8/3 is allowed", parse=number)
-    ffn_hidden: int = option(0, "MLP hidden width; 0: from mlp_expansion_factor")
+    ffn_hidden: int = option(0, "MLP hidden width; 0: from mlp_expansion_factor", most=2**24)
     init_std: float = option(
         0.0, "std of the initial matrices, those into the stream / sqrt(2 n_layer); 0: uniform in +-1/sqrt(fan_in)",
         rebuilds=False,
@@ -208,7 +217,7 @@ class GPTConfig:
         "shared", "what predicts targets 2..mtp_max_steps: the logits themselves, or a block each",
         choices=("shared", "separate"),
     )
-    mtp_max_steps: int = option(2, "furthest token ahead that the auxiliary loss predicts")
+    mtp_max_steps: int = option(2, "furthest token ahead that the auxiliary loss predicts", most=1000)
     mtp_weight: float = option(0.1, "weight of the auxiliary loss", rebuilds=False)
     mtp_rampup_steps: int = option(64, "steps over which mtp_weight rises linearly from 0", rebuilds=False)
     loss_clamp: float = option(0.0, "cap on a token's loss in nats while training; 0: none", rebuilds=False)
@@ -610,7 +619,8 @@ def rule_batch_size(fields, typed, machine):
         run = TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=max(1, tokens // (size * T)))
         return sum(memory_plan(config, run, model, world, training).values())
 
-    sizes = [size for size in range(1, tokens // row_tokens + 1) if tokens % (size * row_tokens) == 0]
+    most = min(tokens // row_tokens, LARGEST_BATCH)
+    sizes = [size for size in range(1, most + 1) if tokens % (size * row_tokens) == 0]
     size = max((size for size in sizes if needed(size, True) <= room), default=None)
     require(size, f"batch_size=auto: one sequence of {T} takes {needed(1, True) / 2**20:,.0f} MiB by the memory plan, "
             f"and there is room for {room / 2**20:,.0f}; add --gradient_checkpointing or lower --sequence_length")
@@ -688,6 +698,10 @@ def resolve(typed, machine, base=None):
     fields.update(typed)
     if base and not typed.keys() & PRESET_FLAGS and typed.get("n_embd") == base["n_embd"]:
         typed = {name: value for name, value in typed.items() if name != "n_embd"}  # which asks for no other heads
+    for f in (f for cls in (GPTConfig, TrainConfig, Shorthand) for f in dataclasses.fields(cls)):
+        value = fields.get(f.name)
+        require(not isinstance(value, int) or value <= f.metadata["most"],
+                f"{f.name}={value} must be at most {f.metadata['most']:g}")
     consumed, notes = {"resume", "init_from", "dry_run", "tokens_per_step"}, []
     for rule, consumes in RULES:
         changes, note = rule(fields, typed, machine)
@@ -750,6 +764,8 @@ def parse_flags(argv):
         flag = unknown[0].partition("=")[0]
         close = difflib.get_close_matches(flag, parser._option_string_actions, 1)
         raise ConfigError(f"{flag} is not a flag; " + (f"did you mean {close[0]}?" if close else "--help lists them"))
+    for name, value in vars(typed).items():
+        require(value != [], f"{name} has no value; --help lists the flags")  # argparse's reading of --name=--
     return vars(typed)
 
 
@@ -766,6 +782,14 @@ def torchrun_place():
         raise ConfigError(f"RANK, LOCAL_RANK and WORLD_SIZE must be numbers ({e}); launch with torchrun") from e
     require(0 <= rank < size, f"RANK={rank} must be below WORLD_SIZE={size}; launch with torchrun")
     return rank, local_rank, size
+
+
+def speaks_for_all():
+    """Whether this process is the one that says what all of them know."""
+    try:
+        return torchrun_place()[0] == 0
+    except ConfigError:
+        return True
 
 
 class World:
@@ -812,16 +836,17 @@ class World:
     def __enter__(self):
         if self.size > 1:
             require("MASTER_ADDR" in os.environ, f"WORLD_SIZE={self.size} without MASTER_ADDR; launch with torchrun")
-            cuda, place = self.device.type == "cuda", dict(init_method="env://")
+            cuda, place, attempt = self.device.type == "cuda", dict(init_method="env://"), None
             if os.environ.get("LOCAL_WORLD_SIZE") == str(self.size) and "TORCHELASTIC_RESTART_COUNT" in os.environ:
                 # After a restart torchrun's store on one machine still holds the addresses of the processes that died,
                 # and the new ones dial them (github.com/pytorch/pytorch/issues/135712): each attempt gets its own keys.
-                store, rank, size = next(dist.rendezvous("env://"))
-                store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-                place = dict(store=store, rank=rank, world_size=size)
+                attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
             try:
+                if attempt:
+                    store, rank, size = next(dist.rendezvous("env://"))
+                    place = dict(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
                 dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None, **place)
-            except RuntimeError as e:
+            except (RuntimeError, ValueError) as e:
                 raise LostError(f"the {self.size} processes did not all come together "
                                 f"({str(e).strip().splitlines()[0]})") from e
         return self
@@ -2015,9 +2040,22 @@ class TrainState:
             step=self.step, tokens=self.tokens, seconds=self.seconds, skipped=self.skipped,
         )
 
+    def is_like(self, state):
+        """Whether a checkpoint's content has the form of this state. A file whose checksum is right need not."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = state["optimizer"]["state"]
+        like = {i: dict(step=torch.tensor(0.0), exp_avg=parameters[i], exp_avg_sq=parameters[i]) for i in moments}
+        byte = torch.zeros(0, dtype=torch.uint8)
+        streams = [[byte.new_empty(len(stream)) for stream in streams] for streams in state["rng"]]
+        mine = dict(model=self.model.state_dict(), loader=self.loader.state_dict(), rng=streams,
+                    scaler=self.numerics.scaler.state_dict(), step=0, tokens=0, seconds=0.0, skipped=0)
+        same = all(is_like(state[name], part) for name, part in mine.items()) and isinstance(state["made_by"], dict)
+        return same and all(streams) and is_like(moments, like)
+
     def load_state_dict(self, state, world):
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # by the flags of now
+        self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
         self.numerics.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
@@ -2027,6 +2065,21 @@ class TrainState:
             torch.set_rng_state(cpu)
             if cuda and world.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda[0])
+
+
+def is_like(value, like):
+    """Whether nested content has the keys, lengths and kinds of another, its tensors the shapes and dtypes, and its
+    numbers a size that can be meant."""
+    if isinstance(like, torch.Tensor):
+        return isinstance(value, torch.Tensor) and all(
+            getattr(value, name) == getattr(like, name) for name in ("shape", "dtype", "layout"))
+    if isinstance(like, dict):
+        return isinstance(value, dict) and value.keys() == like.keys() and all(is_like(value[k], like[k]) for k in like)
+    if isinstance(like, list):
+        return isinstance(value, list) and len(value) == len(like) and all(map(is_like, value, like))
+    if type(like) in (int, float):
+        return type(value) in (int, type(like)) and 0 <= value <= LARGEST
+    return type(value) is type(like)
 
 
 def write_atomically(path, write):
@@ -2232,30 +2285,37 @@ CHECKPOINT = WEIGHTS | {"optimizer", "loader", "scaler", "rng", "step", "tokens"
 def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
     """The content of a checkpoint, on the CPU, its configurations with all of today's fields. Nothing in the file is
     run (weights_only)."""
+    path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is not a file; name another")
         verify_checksum(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error of one line is to come
             content = torch.load(path, map_location="cpu", weights_only=True)
-        complete = content["format"] == 2 and parts <= set(content)
-        if content["format"] == 2 and not complete and WEIGHTS <= set(content):
-            raise ConfigError(f"{flag}={path} holds weights and no training state; start from them with --init_from")
+            complete = isinstance(content, dict) and content["format"] == 2 and parts <= set(content)
+            weights = isinstance(content, dict) and content["format"] == 2 and WEIGHTS <= set(content)
+        require(complete or not weights, f"{flag}={path} holds weights and no training state; start from them with "
+                "--init_from")
+        if not complete or not re.fullmatch(r"\w[\w.-]*", content.get("run_id", "none"), re.ASCII):
+            raise DataError(f"{path} is not a checkpoint of this script; name another")
         content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
         content["run"]["model"]  # all that --init_from needs of it
         if "step" in parts:
             content["run"] = dataclasses.asdict(TrainConfig(**content["run"]))
-            content["step"], content["run_id"] = int(content["step"]), str(content["run_id"])
     except FileNotFoundError as e:
         raise ConfigError(f"{flag}={path} does not exist; name a .pt file of a run's folder"
                           + ", or auto" * (flag == "resume")) from e
-    except (ConfigError, DataError):
+    except ConfigError as e:
+        if flag in str(e):
+            raise
+        raise DataError(f"{path} holds a configuration that cannot be ({e}); name another") from e
+    except DataError:
         raise
     except OSError as e:
         raise DataError(f"{path} cannot be read ({e.strerror}); name another") from e
     except Exception as e:  # torch.load raises many kinds
         raise DataError(f"{path} cannot be read as a checkpoint ({type(e).__name__}); name another") from e
-    if not complete:
-        raise DataError(f"{path} is not a checkpoint of this script; name another")
     return content
 
 
@@ -2288,7 +2348,7 @@ def candidates(output_dir, fits):
     for folder in sorted(Path(output_dir).glob("*/"), key=lambda p: p.name, reverse=True):
         try:
             network = GPTConfig(**json.loads((folder / "config.json").read_text())["network"]).network()
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             network = None  # the checkpoints themselves say
         if network is None or fits(network):
             yield from checkpoints_of(folder)
@@ -2766,22 +2826,30 @@ def start_run(typed, world, origin):
                      f"fewer than val_tokens={run.val_tokens:,}")
     torch.manual_seed(run.seed)
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
-    model = GPT(config)
-    model.rotary.build(run.sequence_length)
-    model.to(world.device)
+    try:
+        model = GPT(config)
+        model.rotary.build(run.sequence_length)
+        model.to(world.device)
+    except (RuntimeError, MemoryError) as e:
+        said = (str(e) or type(e).__name__).splitlines()[0]
+        raise ConfigError(f"the network does not fit into memory ({said}); --dry_run says how large it is") from e
     if config.dropout:
         torch.manual_seed(run.seed + 1 + world.rank)  # each process drops others
     numerics = Numerics(config.precision, world.device)
     state = TrainState(model, make_optimizer(model, run, world.device), numerics, loader)
     try:
         if origin.resumed:
+            if not state.is_like(origin.content):
+                raise ValueError(origin.path)
             state.load_state_dict(origin.content, world)
             notes += [*differences(config, run, origin.content, world), f"resumed {origin.path} at step {state.step}"]
         elif origin.content:
+            if not is_like(origin.content["model"], model.state_dict()):
+                raise ValueError(origin.path)
             model.load_state_dict(origin.content["model"])
             notes.append(f"weights from {origin.path}")
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # other names, shapes, kinds
-        raise DataError(f"{origin.path} does not hold the weights of its own network; name another") from e
+        raise DataError(f"{origin.path} does not hold the state of a run of its own network; name another") from e
     mflop = model.flops_per_token(run.sequence_length) / 1e6
     notes += [f"model {run.model}: {model.parameter_count():,} parameters, {mflop:.1f} MFLOP a token at "
               f"sequence_length={run.sequence_length}, precision {config.precision}",
@@ -2793,7 +2861,7 @@ def run_training(typed):
     """One run from what was typed, to its end."""
     origin = find_origin(typed)
     if typed.get("dry_run"):
-        if os.environ.get("RANK", "0") == "0":
+        if speaks_for_all():
             print("\n".join(dry_run(typed, origin)))
         return
     settings = {**(origin.base or {}), **typed}
@@ -2875,10 +2943,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         code, line = 130, "interrupted: the checkpoints that were saved are whole, and --resume auto goes on"
     except KNOWN_ENDINGS as e:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not rank.isdigit() or isinstance(e, (DataError, LostError)):
-            line = str(e) if isinstance(e, Stopped) else f"error: {e}"
+        if speaks_for_all() or isinstance(e, (DataError, LostError)):
+            line = " ".join((str(e) if isinstance(e, Stopped) else f"error: {e}").splitlines())
         code = e.exit_code
+    except OSError as e:  # of a path that nobody looked at
+        code, line = 2, f"error: {e.filename} cannot be used ({e.strerror}); name another"
     with contextlib.suppress(OSError):  # a closed stderr
         print(line, end="\n" * bool(line), file=sys.stderr)
     return code

@@ -128,9 +128,10 @@ def read_manifest(folder):
     """What manifest.json says, or None where there is none that can be read."""
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    well_formed = isinstance(manifest, dict) and all(isinstance(manifest.get(k), dict) for k in ("options", "shards"))
+    kinds = dict(options=dict, shards=dict, tokens=int, documents=int)
+    well_formed = isinstance(manifest, dict) and all(isinstance(manifest.get(k), kind) for k, kind in kinds.items())
     return manifest if well_formed else None
 
 

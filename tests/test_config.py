@@ -284,14 +284,15 @@ def test_the_batch_size_that_is_found_is_the_largest_divisor_that_fits(flags, ro
 def test_a_validation_batch_that_is_found_is_the_largest_that_fits(world, val_tokens):
     """Of batch_size doubled, and no more than the validation has."""
     flags = f"--model tiny --batch_size auto --total_batch_size {2**16 * 3} --val_tokens {val_tokens}"
-    for memory in (2**30, 2**31, 5 * 2**30, 2**33, 2**35, 2**40):
-        config, run = resolved(flags, memory=memory, world_size=world)
+    for memory in (2**27, 2**28, 5 * 2**27, 2**30, 2**33, 2**40):
+        config, run = resolved(flags, memory=memory, world_size=world, vocab_size=257)
         model, size = built(config), run.batch_size
         while (2 * size * 1024 * world <= val_tokens
                and plan_of(model, 2**16 * 3, 2 * size, 1024, world, training=False) <= 0.9 * memory):
             size *= 2
         assert run.val_batch_size == size >= run.batch_size
-        assert resolved(flags, "--val_batch_size 3", memory=memory, world_size=world)[1].val_batch_size == 3
+        typed = resolved(flags, "--val_batch_size 3", memory=memory, world_size=world, vocab_size=257)[1]
+        assert typed.val_batch_size == 3
     assert resolved("--model tiny --batch_size 4", memory=2**40)[1].val_batch_size == 0
 
 

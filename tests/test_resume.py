@@ -410,6 +410,14 @@ def test_rollbacks_to_several_checkpoints_are_counted_for_each(trainer, poisoned
     assert content_of(result.folder, 12)["loader"] == dict(epoch=0, tokens=22 * 64)
 
 
+def test_a_rollback_to_the_midst_of_skipped_updates_counts_anew(trainer, poisoned):
+    """Step 4, which was skipped, is saved; after the rollback one more is not the second in a row."""
+    poisoned(4, 5, 6)
+    result = trainer.run(*ROLLBACK)
+    assert re.findall(r"rolled back from step (\d+)", result.out) == ["5"]
+    assert [record["step"] for record in steps(result.folder) if record.get("skipped")] == [4, 5]
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(trainer, poisoned):
     poisoned(1, 2)
     result = trainer.main(*trainer.flags(*ROLLBACK))
@@ -574,6 +582,7 @@ class Clock:
     ("--save_every_minutes 0.5", [4, 8, 12]), ("--save_every_minutes 0.16", [2, 4, 6, 8, 10, 12]),
     ("--save_every_minutes 0.5 --save_every 3", [3, 6, 9, 12]), ("--save_every_minutes 1000", [12]),
     ("--save_every_minutes 0.5 --save_every 5", [4, 5, 9, 10, 12]), ("--save_every_minutes 0", [12]),
+    ("--save_every_minutes 0.49", [4, 8, 12]), ("--save_every_minutes 0.51", [5, 10, 12]),
 ])
 def test_checkpoints_by_the_clock(trainer, monkeypatch, flags, saved):
     Clock(monkeypatch)
