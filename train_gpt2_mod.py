@@ -90,6 +90,10 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
+class FullMemoryError(ConfigError):
+    """What was asked for does not fit, on this process perhaps alone."""
+
+
 class DataError(ValueError):
     """A shard or a checkpoint is not what it should be."""
 
@@ -1052,7 +1056,10 @@ class RunLog(NullLog):
 
     def rewind(self, step):
         self.metrics.close()
-        trim_metrics(self.folder, step, validated=False)
+        try:
+            trim_metrics(self.folder, step, validated=False)
+        except OSError as e:
+            self.show(f"{self.metrics.file.name} cannot be cut ({e.strerror}): it has the steps after {step} twice\n")
         self.metrics = GrowingFile(self.folder / "metrics.jsonl")
 
     def ending(self, reason):
@@ -2261,11 +2268,13 @@ class Saver:
             self.log.text(f"{path} was not saved ({self.error}): training goes on, {kept}")
 
     def finish_last(self):
-        """Wait for the last write. Raises DataError where it failed."""
+        """Wait for the last write, all processes together: torchrun ends the others when one has left. Raises DataError
+        where it failed."""
         self.finish()
-        if self.error:
+        error, self.newest = self.world.gather((self.error, self.newest))[0]
+        if error:
             kept = f"{self.newest} is whole" if self.newest else "there is none before it"
-            raise DataError(f"the last checkpoint was not saved ({self.error}); {kept}: free some space and go on with "
+            raise DataError(f"the last checkpoint was not saved ({error}); {kept}: free some space and go on with "
                             "--resume auto")
 
 
@@ -2832,7 +2841,7 @@ def start_run(typed, world, origin):
         model.to(world.device)
     except (RuntimeError, MemoryError) as e:
         said = (str(e) or type(e).__name__).splitlines()[0]
-        raise ConfigError(f"the network does not fit into memory ({said}); --dry_run says how large it is") from e
+        raise FullMemoryError(f"the network does not fit into memory ({said}); --dry_run says how large it is") from e
     if config.dropout:
         torch.manual_seed(run.seed + 1 + world.rank)  # each process drops others
     numerics = Numerics(config.precision, world.device)
@@ -2868,7 +2877,8 @@ def run_training(typed):
     world = World(settings.get("device", TrainConfig.device))
     # What is wrong with the flags waits for nothing; what depends on the vocabulary waits for the shards.
     resolve(typed, world.machine(settings.get("vocab_size", 1)), origin.base)
-    with world, deterministic_algorithms(settings.get("deterministic", TrainConfig.deterministic)):
+    deterministic = deterministic_algorithms(settings.get("deterministic", TrainConfig.deterministic))
+    with world, deterministic, own_words_for_failures(world):
         found = world.gather(origin.path and (origin.path.name, origin.content["step"] if origin.resumed else 0))
         if len(set(found)) > 1:
             raise DataError(f"the processes start from different files ({', '.join(map(str, found))}); give all the "
@@ -2887,7 +2897,7 @@ def run_training(typed):
         log = open_log(world, config, run, run_id, notes, resumed_at, validated)
         del origin  # weights and optimizer once more
         try:
-            with kernel(), own_words_for_failures(state, config, run, world):
+            with kernel(), own_words_for_failures(world, state, config, run):
                 train(state, config, run, world, log, run_id, val_shards, resumed_at)
             report_end(state, config, run, world, log)
         except KNOWN_ENDINGS as e:
@@ -2898,21 +2908,24 @@ def run_training(typed):
 
 
 @contextlib.contextmanager
-def own_words_for_failures(state, config, run, world):
-    """Make one line of what torch has to say of memory that is out, and of processes that are gone."""
+def own_words_for_failures(world, state=None, config=None, run=None):
+    """Make one line of what torch has to say of processes that are gone, and (with a state) of memory that is out."""
     try:
         yield
     except KNOWN_ENDINGS:
         raise
     except (MemoryError, RuntimeError) as e:
         said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e):
+        full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
+        if full and state:
             wanted = re.search(r"ried to allocate ([\d.]+ \w+)", said)
-            raise ConfigError(out_of_memory(state, config, run, world, f"{wanted[1]} more" if wanted else said)) from e
+            said = f"{wanted[1]} more" if wanted else said
+            raise FullMemoryError(out_of_memory(state, config, run, world, said)) from e
         lost = isinstance(e, dist.DistError) or any(word in str(e) for word in ("gloo", "NCCL", "ProcessGroup"))
         if world.size > 1 and lost:
-            raise LostError(f"after step {state.step} another process of the run did not answer ({said}); what was "
-                            "saved is whole: --resume auto goes on") from e
+            when = f"after step {state.step}" if state else "before training"
+            raise LostError(f"{when} another process of the run did not answer ({said}); what was saved is whole: "
+                            "--resume auto goes on") from e
         raise
 
 
@@ -2943,7 +2956,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         code, line = 130, "interrupted: the checkpoints that were saved are whole, and --resume auto goes on"
     except KNOWN_ENDINGS as e:
-        if speaks_for_all() or isinstance(e, (DataError, LostError)):
+        if speaks_for_all() or isinstance(e, (DataError, LostError, FullMemoryError)):
             line = " ".join((str(e) if isinstance(e, Stopped) else f"error: {e}").splitlines())
         code = e.exit_code
     except OSError as e:  # of a path that nobody looked at

@@ -357,6 +357,7 @@ def test_a_signal_cuts_a_validation_short(runs):
 def test_a_second_signal_ends_a_run_that_hangs(runs, hang, count):
     process, = runs.start(faults=hang)
     runs.wait_for_records(count)
+    time.sleep(1)  # until it hangs: the record comes before
     os.kill(process.pid, signal.SIGTERM)
     time.sleep(script.StopSignals.REPEATED + 0.3)
     assert process.is_alive()

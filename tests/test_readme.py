@@ -226,6 +226,20 @@ def try_hf(copy, words, server):
     assert (copy / words[4] / "model.safetensors").is_file() and (copy / words[4] / "config.json").is_file()
 
 
+def try_doctor(copy, words, server):
+    if "--data" in words:
+        try_fineweb(copy, ["python", "data/fineweb.py", "1"], server)
+        assert run_words(copy, words).stdout.count("SHA-256 and token ids right") == 2
+    elif "--resume" in words:
+        make_shards(copy, words)
+        place = shrunk(1).index("--num_iterations")
+        flags = shrunk(1)[:place] + shrunk(1)[place + 2 :]
+        assert "\nok: 10 + 10 steps equal 20 bitwise: " in run_words(copy, [*words, *flags]).stdout
+    else:
+        make_shards(copy, words)
+        assert re.search(r"^ok +Python: ", run_words(copy, words).stdout, re.M)
+
+
 def try_mlp3x(copy, words, server):
     assert re.search(r"124,880,704", run_words(copy, words).stdout)
 
@@ -243,6 +257,7 @@ KINDS = (
     (r"python tools/plan\.py ", try_plan),
     (r"python tools/hf\.py ", try_hf),
     (r"python tools/sample\.py( |$)", try_sample),
+    (r"python tools/doctor\.py( |$)", try_doctor),
     (r"python docs/02-mlp-3x-optimization/test_mlp3x\.py$", try_mlp3x),
 )
 
