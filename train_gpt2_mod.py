@@ -152,6 +152,11 @@ def require(condition, message):
         raise ConfigError(message)
 
 
+def first_line(error):
+    """What an error of a library says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unknown_choice(name, value, choices):
     close = difflib.get_close_matches(str(value), choices, 1)
     listed = f"choose one of {', '.join(choices)}" if len(choices) < 12 else "train_gpt2_mod.py --help lists them"
@@ -852,7 +857,7 @@ class World:
                 dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None, **place)
             except (RuntimeError, ValueError) as e:
                 raise LostError(f"the {self.size} processes did not all come together "
-                                f"({str(e).strip().splitlines()[0]})") from e
+                                f"({first_line(e)})") from e
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1072,7 +1077,7 @@ class RunLog(NullLog):
             getattr(self.wandb_run, method)(*values, **settings)
         except Exception as e:  # it raises many kinds
             self.wandb_run = None
-            self.text(f"W&B failed ({str(e).strip().splitlines()[0]}): training goes on without, metrics.jsonl has all")
+            self.text(f"W&B failed ({first_line(e)}): training goes on without, metrics.jsonl has all")
 
     def summary(self, details):
         self.tell_wandb("log", details)
@@ -1208,12 +1213,12 @@ def start_wandb(wandb, run, run_id, settings, folder):
         except (wandb.errors.CommError, OSError) as e:
             if isinstance(e, wandb.errors.AuthenticationError):
                 raise
-            note = (f"W&B cannot be reached ({str(e).strip().splitlines()[0]}): its records stay in {folder}/wandb; "
+            note = (f"W&B cannot be reached ({first_line(e)}): its records stay in {folder}/wandb; "
                     "`wandb sync` sends them")
             started = wandb.init(**common, mode="offline")
     except (wandb.Error, ValueError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"log_wandb: W&B does not start ({reason}); set WANDB_MODE=offline, or drop the flag") from e
+        raise ConfigError(f"log_wandb: W&B does not start ({first_line(e)}); set WANDB_MODE=offline, or drop the "
+                          "flag") from e
     return started, note
 
 
@@ -1943,7 +1948,7 @@ def why_no_compile(device):
     try:
         torch.compile(lambda x: torch.relu(x) + 1)(torch.ones(8, device=device)).sum().item()
     except Exception as e:
-        return (str(e).strip() or type(e).__name__).splitlines()[0]
+        return first_line(e)
     finally:
         torch._dynamo.reset()
     return None
@@ -2263,7 +2268,7 @@ class Saver:
             self.newest, self.error = path, None
             self.log.text(f"saved {path}: training waited {self.waited:.3f} s, the file took {took:.3f} s")
         except (OSError, RuntimeError, MemoryError) as e:  # torch.save has the second for a full disk
-            self.error = getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
+            self.error = getattr(e, "strerror", None) or first_line(e)
             kept = f"{self.newest} is whole" if self.newest else "there is none yet"
             self.log.text(f"{path} was not saved ({self.error}): training goes on, {kept}")
 
@@ -2840,8 +2845,8 @@ def start_run(typed, world, origin):
         model.rotary.build(run.sequence_length)
         model.to(world.device)
     except (RuntimeError, MemoryError) as e:
-        said = (str(e) or type(e).__name__).splitlines()[0]
-        raise FullMemoryError(f"the network does not fit into memory ({said}); --dry_run says how large it is") from e
+        raise FullMemoryError(f"the network does not fit into memory ({first_line(e)}); --dry_run says how large it "
+                              "is") from e
     if config.dropout:
         torch.manual_seed(run.seed + 1 + world.rank)  # each process drops others
     numerics = Numerics(config.precision, world.device)
@@ -2915,7 +2920,7 @@ def own_words_for_failures(world, state=None, config=None, run=None):
     except KNOWN_ENDINGS:
         raise
     except (MemoryError, RuntimeError) as e:
-        said = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        said = first_line(e)
         full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
         if full and state:
             wanted = re.search(r"ried to allocate ([\d.]+ \w+)", said)

@@ -772,9 +772,9 @@ def test_no_code_of_a_file_runs(run):
 # Flags
 
 WORDS_TYPED = ["", " ", "-", "--", "---", "=", "auto", "none", "True", "1.5", "1e3", "0x10", "1_0", "+3", " 7 ", "١٢",
-               "nan", "inf", "-inf", "8/0", "8/3", "0/0", "1/nan", "1e999", "-1e-320", "9" * 5000, LONG, "x" * 100_000, "a\nb",
-               "a\r\nb", "é漢🙂", "\udcff", "*", "[", "**", "~", "~nobody/x", "/", ".", "..", "/dev/null", "%s{}",
-               "\x1b[2J", "=5", "-5", "--n_layer"]
+               "nan", "inf", "-inf", "8/0", "8/3", "0/0", "1/nan", "1e999", "-1e-320", "9" * 5000, LONG, "x" * 100_000,
+               "a\nb", "a\r\nb", "é漢🙂", "\udcff", "*", "[", "**", "~", "~nobody/x", "/", ".", "..", "/dev/null",
+               "%s{}", "\x1b[2J", "=5", "-5", "--n_layer"]
 NUMBERS = [str(n) for n in (-1, 0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 32, 60, 64, 2**63, 10**30, 0.5, 0.1, 1e-5)]
 TYPED = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)  # argv holds no others
 
