@@ -100,6 +100,10 @@ class DataError(ValueError):
     exit_code = 2
 
 
+class SharedDataError(DataError):
+    """One that all processes have heard of, so that the first may say it for all."""
+
+
 class DivergedError(RuntimeError):
     """The loss or the gradient stopped being a number."""
 
@@ -1642,6 +1646,8 @@ class Numerics:
         Where the norm or the loss (the mean over the processes, so that all agree) is not finite, weights and optimizer
         stay as they are. With fp16 that is the scaler's decision, which then lowers its scale; torch's fused optimizers
         take such a verdict as a tensor, so that on a GPU nobody waits for it; elsewhere the host looks."""
+        if self.scaler.is_enabled():  # which looks at the gradients alone
+            next(p for p in parameters if p.grad is not None).grad.masked_fill_(~torch.isfinite(loss), math.inf)
         self.scaler.unscale_(optimizer)
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if grad_clip > 0:
@@ -2152,7 +2158,7 @@ def verify_checksum(path):
             left -= len(piece)
         end = f.read()
     sha256.update(bytes(2))
-    if end[2:] != f"sha256:{sha256.hexdigest()}".encode():
+    if end != (CHECKSUM_BYTES - 2).to_bytes(2, "little") + f"sha256:{sha256.hexdigest()}".encode():
         what = "is damaged: its SHA-256 is another" if end[2:9] == b"sha256:" else "is cut short, or no checkpoint"
         raise DataError(f"{path} {what}; name another")
 
@@ -2181,14 +2187,14 @@ class Saver:
     host memory; the file is written in the background, one at a time. A write that fails is said and ends nothing, but
     for the last one; what was saved before it is whole."""
 
-    def __init__(self, model, config, run, world, log, run_id, resumed_at):
-        self.bytes = 12 * model.parameter_count()  # weights and two means of AdamW's, in fp32
+    def __init__(self, state, config, run, world, log, run_id, resumed_from):
+        self.bytes = 12 * state.model.parameter_count()  # weights and two means of AdamW's, in fp32
         self.run, self.world, self.log = run, world, log
         self.settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run), run_id=run_id,
                              made_by=environment(world))
         self.folder = Path(run.output_dir) / run_id
-        self.newest = self.folder / f"step{resumed_at:06d}.pt" if resumed_at is not None else None  # that is whole
-        self.saved_step, self.writing, self.copies, self.error = resumed_at, None, {}, None
+        self.newest, self.saved_step = resumed_from, state.step if resumed_from else None  # of those that are whole
+        self.writing, self.copies, self.error = None, {}, None
         self.mark, self.waited, self.rollbacks = time.monotonic(), 0.0, 0  # of and since the last save
 
     def __enter__(self):
@@ -2212,7 +2218,7 @@ class Saver:
         """Save the state, if it is not saved yet; every process takes part, the first one writes."""
         if not self.run.save_checkpoints or state.step == self.saved_step:
             return
-        self.saved_step, self.mark, self.rollbacks = state.step, time.monotonic(), 0
+        self.saved_step, self.mark = state.step, time.monotonic()
         content = dict(state.state_dict(self.world), **self.settings)
         if not self.world.is_main:
             return
@@ -2265,7 +2271,7 @@ class Saver:
         (path, writing), self.writing = self.writing, None
         try:
             took = writing.result()
-            self.newest, self.error = path, None
+            self.newest, self.error, self.rollbacks = path, None, 0
             self.log.text(f"saved {path}: training waited {self.waited:.3f} s, the file took {took:.3f} s")
         except (OSError, RuntimeError, MemoryError) as e:  # torch.save has the second for a full disk
             self.error = getattr(e, "strerror", None) or first_line(e)
@@ -2279,8 +2285,8 @@ class Saver:
         error, self.newest = self.world.gather((self.error, self.newest))[0]
         if error:
             kept = f"{self.newest} is whole" if self.newest else "there is none before it"
-            raise DataError(f"the last checkpoint was not saved ({error}); {kept}: free some space and go on with "
-                            "--resume auto")
+            raise SharedDataError(f"the last checkpoint was not saved ({error}); {kept}: free some space and go on "
+                                  "with --resume auto")
 
 
 def checkpoint_bytes(content):
@@ -2556,11 +2562,11 @@ def train_step(model, state, row, run, world, asked):
     return numbers, state.numerics.step(state.optimizer, list(state.model.parameters()), run.grad_clip, numbers[0])
 
 
-def train(state, config, run, world, log, run_id, val_shards, resumed_at):
+def train(state, config, run, world, log, run_id, val_shards, resumed_from):
     """Train from state.step to the end of the run, to its target, or to a signal."""
     model = parallelize(state.model, run, world, log)
     meter = Meter(state, run, world, log, run_id)
-    saver = Saver(state.model, config, run, world, log, run_id, resumed_at)
+    saver = Saver(state, config, run, world, log, run_id, resumed_from)
     with StopSignals() as signals, saver:
         while True:
             saver.look()
@@ -2606,13 +2612,15 @@ def save_due(step, run):
 def end_if_asked(state, meter, signals, saver, world):
     """Do what the processes asked of one another, once the state is saved."""
     asked, meter.requests = meter.requests, set()
+    if state.step >= saver.run.num_iterations:
+        asked.discard("data")  # all that is needed has been read
     if not asked & {"stop", "data"}:
         return
     saver.finish_last()
     saved = f"saved as {saver.newest}" if saver.run.save_checkpoints else "not saved (--no_save_checkpoints)"
     if "data" in asked:
         reason = next(error for error in world.gather(str(state.loader.error or "")) if error)
-        raise DataError(f"{reason}: training ended after step {state.step}, {saved}")
+        raise SharedDataError(f"{reason}: training ended after step {state.step}, {saved}")
     raise Stopped(f"{signals.asked or 'a signal'}: training ended after step {state.step}, {saved}; "
                   "--resume auto goes on")
 
@@ -2620,9 +2628,10 @@ def end_if_asked(state, meter, signals, saver, world):
 def roll_back(state, meter, saver, world, log):
     """Go back to the last checkpoint, but with the data that comes next: what was trained on since is passed over."""
     saver.finish()
-    path, cursor = world.gather(saver.newest)[0], state.loader.state_dict()
-    step, saver.rollbacks = state.step, saver.rollbacks + 1
-    if path is None or saver.rollbacks > MOST_ROLLBACKS:
+    saver.rollbacks += 1
+    path, rollbacks = world.gather((saver.newest, saver.rollbacks))[0]
+    step, cursor = state.step, state.loader.state_dict()
+    if path is None or rollbacks > MOST_ROLLBACKS:
         why = "there is no checkpoint to go back to" if path is None else f"{MOST_ROLLBACKS} times {path} led there"
         raise DivergedError(f"{state.skipped} updates in a row came to nothing, and {why}: lower --learning_rate, or "
                             "lengthen --warmup_iters")
@@ -2725,7 +2734,8 @@ def dry_run(typed, origin):
     vocab_size, (_, _, world_size) = 0, torchrun_place()
     with contextlib.suppress(DataError):  # there need be no shards
         vocab_size = TokenShards(settings["input_bin"]).vocab_size
-    memory = torch.cuda.mem_get_info()[0] if device == "cuda" and torch.cuda.is_available() else 0
+    asks = settings["batch_size"] == "auto" and device == "cuda" and torch.cuda.is_available()
+    memory = torch.cuda.mem_get_info()[0] if asks else 0
     machine = Machine(world_size, device, device == "cuda", device == "cuda", vocab_size, memory)
     config, run, notes = resolve(typed, machine, origin.base)
     refuse_other_network(config, origin)
@@ -2900,10 +2910,11 @@ def run_training(typed):
         run_id = world.gather(run_id)[0]
         validated = val_shards is None or not validation_due(state.step, run)
         log = open_log(world, config, run, run_id, notes, resumed_at, validated)
+        resumed_from = origin.path if resumed_at is not None else None
         del origin  # weights and optimizer once more
         try:
             with kernel(), own_words_for_failures(world, state, config, run):
-                train(state, config, run, world, log, run_id, val_shards, resumed_at)
+                train(state, config, run, world, log, run_id, val_shards, resumed_from)
             report_end(state, config, run, world, log)
         except KNOWN_ENDINGS as e:
             log.ending(e)
@@ -2961,7 +2972,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         code, line = 130, "interrupted: the checkpoints that were saved are whole, and --resume auto goes on"
     except KNOWN_ENDINGS as e:
-        if speaks_for_all() or isinstance(e, (DataError, LostError, FullMemoryError)):
+        own = isinstance(e, (DataError, LostError, FullMemoryError)) and not isinstance(e, SharedDataError)
+        if own or speaks_for_all():
             line = " ".join((str(e) if isinstance(e, Stopped) else f"error: {e}").splitlines())
         code = e.exit_code
     except OSError as e:  # of a path that nobody looked at

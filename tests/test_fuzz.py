@@ -406,6 +406,11 @@ def test_manifests(tmp_path, monkeypatch):
         st.text(max_size=20), st.tuples(JSON.map(json.dumps), st.integers(0, 40)).map(lambda pair: pair[0][: pair[1]])))
     @example(text="[" * 100_000)
     @example(text='{"shards": {}, "options": {}, "tokens": ' + "9" * 5000 + "}")
+    @example(text=json.dumps(dict(sound, shards={"val_000.bin": {}})))
+    @example(text=json.dumps(dict(sound, shards={"val_000.bin": {"bytes": 1084}})))
+    @example(text=json.dumps(dict(sound, shards=dict.fromkeys(fetched, 5), options=dict(options, inputs=[]))))
+    @example(text=json.dumps(dict(sound, shards=dict.fromkeys(fetched, {}), options=dict(options, inputs=[]))))
+    @example(text=json.dumps({name: sound[name] for name in ("options", "shards")}))
     def one(text):
         (data / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
         TRIED["manifests"] += 1
@@ -771,10 +776,10 @@ def test_no_code_of_a_file_runs(run):
 
 # Flags
 
-WORDS_TYPED = ["", " ", "-", "--", "---", "=", "auto", "none", "True", "1.5", "1e3", "0x10", "1_0", "+3", " 7 ", "١٢",
-               "nan", "inf", "-inf", "8/0", "8/3", "0/0", "1/nan", "1e999", "-1e-320", "9" * 5000, LONG, "x" * 100_000,
+WORDS_TYPED = ["", " ", "-", "--", "---", "=", "auto", "none", "True", "1.5", "+3", " 7 ", "١٢", LONG, "x" * 100_000,
                "a\nb", "a\r\nb", "é漢🙂", "\udcff", "*", "[", "**", "~", "~nobody/x", "/", ".", "..", "/dev/null",
                "%s{}", "\x1b[2J", "=5", "-5", "--n_layer"]
+ODD_NUMBERS = ["nan", "inf", "-inf", "8/0", "8/3", "0/0", "1/nan", "1e999", "-1e-320", "9" * 5000, "1_0", "0x10", "1e3"]
 NUMBERS = [str(n) for n in (-1, 0, 1, 2, 3, 4, 5, 7, 8, 12, 16, 32, 60, 64, 2**63, 10**30, 0.5, 0.1, 1e-5)]
 TYPED = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=6)  # argv holds no others
 
@@ -794,7 +799,7 @@ def values_of(field):
     usual = st.sampled_from([*choices, *NUMBERS, str(script.LARGEST), str(script.LARGEST + 1)])
     if field.name in ("n_layer", "mtp_max_steps", "n_head"):  # counts that take their time
         usual = st.sampled_from([*NUMBERS, str(script.LARGEST + 1)])
-    return st.one_of(usual, usual, st.sampled_from(WORDS_TYPED), TYPED)
+    return st.one_of(usual, usual, st.sampled_from(ODD_NUMBERS), st.sampled_from(WORDS_TYPED), TYPED)
 
 
 def flag_of(field):
@@ -823,6 +828,7 @@ def test_flags(run, tmp_path):
     @example(flags=[["--init_from", LONG]], small=True)
     @example(flags=[["--resume", "auto"], ["--output_dir", LONG]], small=True)
     @example(flags=[["--val-tokens=--"]], small=True)
+    @example(flags=[["--embd_scale", "8/0"]], small=True)
     @example(flags=[["--input_bin=--"]], small=False)
     def one(flags, small):
         run_script("flags", tmp_path, "--dry_run", *([*TINY, *data] if small else []), *itertools.chain(*flags))
