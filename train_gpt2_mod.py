@@ -2788,7 +2788,7 @@ def find_resume(typed):
         path, content, notes = Path(path), load_checkpoint(path), []
     else:
         path, content, notes = None, None, []
-    return path and path.resolve(), content, notes
+    return path and Path(os.path.realpath(path)), content, notes
 
 
 class Origin(NamedTuple):
@@ -2905,7 +2905,8 @@ def run_training(typed):
             notes.append(f"nothing is left to train: {state.step} of {run.num_iterations} steps are done; "
                          "--num_iterations sets a later end")
         run_id, resumed_at = new_run_id(run.model), None
-        if origin.resumed and origin.path.parent == (Path(run.output_dir) / origin.content["run_id"]).resolve():
+        begun_as = origin.content["run_id"] if origin.resumed else ""
+        if origin.resumed and str(origin.path.parent) == os.path.realpath(Path(run.output_dir) / begun_as):
             run_id, resumed_at = origin.content["run_id"], state.step  # else a copy, and the run itself is left alone
         run_id = world.gather(run_id)[0]
         validated = val_shards is None or not validation_due(state.step, run)

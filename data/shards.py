@@ -130,9 +130,14 @@ def read_manifest(folder):
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    kinds = dict(options=dict, shards=dict, tokens=int, documents=int)
-    well_formed = isinstance(manifest, dict) and all(isinstance(manifest.get(k), kind) for k, kind in kinds.items())
-    return manifest if well_formed else None
+    whole = has_kinds(manifest, options=dict, shards=dict, tokens=int, documents=int, vocab_size=int)
+    whole = whole and all(has_kinds(record, bytes=int, sha256=str) for record in manifest["shards"].values())
+    return manifest if whole else None
+
+
+def has_kinds(value, **kinds):
+    """Whether a value is a dict with these keys, each of its kind."""
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 
 def check_out(out, overwrite):

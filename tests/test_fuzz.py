@@ -867,6 +867,17 @@ def test_a_pipe_to_start_from(run, tmp_path, flag):
     run_script("flags", tmp_path, *TINY, *data_flags(run.data), flag, tmp_path / "pipe")
 
 
+@pytest.mark.parametrize("flags", [["--dry_run"], QUICKLY])
+@pytest.mark.parametrize("flag", ["--resume", "--init_from"])
+def test_a_link_that_leads_to_itself(run, tmp_path, flag, flags):
+    loop, whole = tmp_path / "loop", run.folder / f"step{STEPS:06d}.pt"
+    loop.symlink_to(loop)
+    known = TINY if flag == "--init_from" else []
+    for path, output_dir in (whole, loop), (whole, loop / "below"), (loop, tmp_path / "logs"), ("auto", loop):
+        if path != "auto" or flag == "--resume":
+            run_script("flags", tmp_path, *known, *data_flags(run.data), *flags, flag, path, "--output_dir", output_dir)
+
+
 def test_runs(run):
     """Values in the usual range, in any combination, for a step or two."""
     small = {int: ["0", "1", "2", "3", "4", "8"], float: ["0", "0.5", "0.9", "1", "2"]}

@@ -96,6 +96,18 @@ def test_a_longer_run(trainer):
     assert steps(half)[4]["time"] > steps(half)[3]["time"]  # seconds count over both sittings
 
 
+def test_flags_of_the_optimizer_count_in_a_resume(trainer):
+    """Not what the checkpoint's optimizer had."""
+    half = trainer.run("--num_iterations", 4, "--save_every", 2, "--warmdown_iters", 0).folder
+    ends = []
+    for i, flags in enumerate(([], ["--weight_decay", 5], ["--beta1", 0.5])):
+        part = trainer.copy_of(half, f"part{i}")
+        assert trainer.main("--resume", part / "step000002.pt", *flags).code == 0
+        ends.append(content_of(part, 4)["model"]["lm_head.weight"])
+    assert torch.equal(ends[0], content_of(half, 4)["model"]["lm_head.weight"])
+    assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+
+
 def test_resume_needs_no_other_flag(trainer, monkeypatch):
     """Not even the folder: that is where the checkpoint lies, though the run began elsewhere."""
     first = trainer.run("--save_every", 2, "--mtp_enabled").folder
