@@ -420,7 +420,7 @@ def test_a_name_that_leads_out_is_refused(data, call, name):
 @pytest.mark.parametrize("changes", [dict(sha256="abc"), dict(sha256=None), dict(bytes="1224"), dict(bytes=None)])
 def test_a_record_without_size_or_hash_is_refused(data, call, changes):
     record_all(data, **changes)
-    assert refused(call("--data", data), "train_000.bin")
+    assert refused(call("--data", data), "train_000.bin" if "abc" in changes.values() else "cannot be understood")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"options": {}, "shards": []}', '{"options": {}, "shards": {}}',

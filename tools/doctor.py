@@ -328,9 +328,8 @@ def shard_records(folder):
         path = PureWindowsPath(name)  # which knows the separators of all systems
         if path.anchor or ".." in path.parts or not path.parts or "\0" in name:
             raise DataError(f"{folder / MANIFEST} names {name!r}, which is not inside the folder; do not trust it")
-        record = record if isinstance(record, dict) else {}
-        if type(record.get("bytes")) is not int or not re.fullmatch("[0-9a-fA-F]{64}", str(record.get("sha256"))):
-            raise DataError(f"{folder / MANIFEST} has no bytes and SHA-256 of {name}; make it again")
+        if not re.fullmatch("[0-9a-fA-F]{64}", record["sha256"]):
+            raise DataError(f"{folder / MANIFEST} has no SHA-256 of {name}; make it again")
     if not manifest["shards"]:
         raise DataError(f"{folder / MANIFEST} names no shards; make it again")
     return manifest["shards"]
