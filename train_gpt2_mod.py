@@ -87,39 +87,43 @@ ATTENTION_KERNELS = {
 class ConfigError(ValueError):
     """The user's flags, environment or machine cannot do what was asked."""
 
-    exit_code = 2
+    exit_code, said_by_each = 2, False  # of several processes; else the first says it for all
 
 
 class FullMemoryError(ConfigError):
     """What was asked for does not fit, on this process perhaps alone."""
 
+    said_by_each = True
+
 
 class DataError(ValueError):
     """A shard or a checkpoint is not what it should be."""
 
-    exit_code = 2
+    exit_code, said_by_each = 2, True
 
 
 class SharedDataError(DataError):
-    """One that all processes have heard of, so that the first may say it for all."""
+    """One that all processes have heard of."""
+
+    said_by_each = False
 
 
 class DivergedError(RuntimeError):
     """The loss or the gradient stopped being a number."""
 
-    exit_code = 1
+    exit_code, said_by_each = 1, False
 
 
 class LostError(RuntimeError):
     """Another process of this run is gone."""
 
-    exit_code = 1
+    exit_code, said_by_each = 1, True
 
 
 class Stopped(Exception):
     """A signal ended training early, in good order."""
 
-    exit_code = 75  # sysexits.h's "try again"
+    exit_code, said_by_each = 75, False  # sysexits.h's "try again"
 
 
 KNOWN_ENDINGS = ConfigError, DataError, DivergedError, LostError, Stopped
@@ -407,13 +411,8 @@ class TrainConfig:
                 "be ignored; drop it or --no_compile")
         require(fits, f"warmup_iters={self.warmup_iters} + warmdown_iters={self.warmdown_iters} must not exceed "
                 f"num_iterations={self.num_iterations}; shorten them or train longer")
-        require(self.nan_policy != "stop" or self.nan_limit == TrainConfig.nan_limit, f"nan_limit={self.nan_limit} "
-                "would be ignored: nan_policy=stop ends with the first; drop one of the two")
         require(self.nan_policy != "rollback" or self.save_checkpoints, "nan_policy=rollback goes back to checkpoints; "
                 "drop --no_save_checkpoints")
-        for name in ("save_every", "save_every_minutes", "keep_last"):
-            require(self.save_checkpoints or not getattr(self, name), f"{name}={getattr(self, name)} would be ignored; "
-                    "drop it or --no_save_checkpoints")
         require(self.input_val_bin or not self.target_val_loss, f"target_val_loss={self.target_val_loss} needs a "
                 "validation; name its shards with --input_val_bin")
         project_counts = self.log_wandb or self.wandb_project == TrainConfig.wandb_project
@@ -603,6 +602,17 @@ def rule_kernels(fields, typed, machine):
     return {}, None
 
 
+def rule_checkpoints(fields, typed, machine):
+    """Flags about checkpoints and skipped updates that this run would not use."""
+    for name in ("save_every", "save_every_minutes", "keep_last"):
+        require(fields["save_checkpoints"] or not typed.get(name), f"{name}={typed.get(name)} would be ignored; "
+                "drop it or --no_save_checkpoints")
+    limit = typed.get("nan_limit", TrainConfig.nan_limit)
+    require(fields["nan_policy"] != "stop" or limit == TrainConfig.nan_limit, f"nan_limit={limit} would be ignored: "
+            "nan_policy=stop ends with the first; drop one of the two")
+    return {}, None
+
+
 def rule_vocabulary(fields, typed, machine):
     preset, shards = fields.get("vocab_size", GPT2_VOCAB_SIZE), machine.vocab_size
     size = typed.get("vocab_size", shards or preset)
@@ -682,6 +692,7 @@ RULES = (
     (rule_positions, ()),
     (rule_precision, ()),
     (rule_kernels, ()),
+    (rule_checkpoints, ()),
     (rule_vocabulary, ()),
     (rule_batch_size, ()),
     (rule_accumulation, ("total_batch_size",)),
@@ -860,8 +871,8 @@ class World:
                     place = dict(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
                 dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None, **place)
             except (RuntimeError, ValueError) as e:
-                raise LostError(f"the {self.size} processes did not all come together "
-                                f"({first_line(e)})") from e
+                raise LostError(f"the {self.size} processes did not all come together ({first_line(e)}); see what the "
+                                "others say, or check torchrun's --nnodes and --rdzv_endpoint") from e
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1802,8 +1813,9 @@ class TokenShards:
         reads its share of the shards."""
 
         def check(i):
-            for first in range(0, int(self.starts[i + 1] - self.starts[i]), CHECKED_TOKENS):
-                tokens = self.read_shard(i, first, CHECKED_TOKENS, exactly=False)
+            count = int(self.starts[i + 1] - self.starts[i])
+            for first in range(0, count, CHECKED_TOKENS):
+                tokens = self.read_shard(i, first, min(CHECKED_TOKENS, count - first))
                 if tokens.max() >= self.vocab_size:
                     where = int(np.argmax(tokens >= self.vocab_size))
                     raise DataError(f"{self.files[i]}: token {first + where} is {tokens[where]}, past the vocabulary "
@@ -1812,15 +1824,15 @@ class TokenShards:
         with ThreadPoolExecutor() as pool:
             list(pool.map(check, range(rank, len(self.files), world_size)))
 
-    def read_shard(self, i, first, count, exactly=True):
-        """Tokens [first, first + count) of shard i as uint16; not exactly: as many of them as there are. Read and not
-        mapped, since a mapped file that is cut short kills whoever reads it."""
+    def read_shard(self, i, first, count):
+        """Tokens [first, first + count) of shard i as uint16. Read and not mapped: a mapped file that is cut short
+        kills whoever reads it."""
         path = self.files[i]
         try:
             tokens = np.fromfile(path, "<u2", count, offset=SHARD_HEADER_BYTES + 2 * first)
         except OSError as e:
             raise DataError(f"{path} cannot be read any more ({e.strerror}); bring it back") from e
-        if len(tokens) < (count if exactly else 1):
+        if len(tokens) < count:
             raise DataError(f"{path} was cut short while in use: its token {first + len(tokens)} is gone; make or "
                             "fetch it again")
         return tokens
@@ -2065,8 +2077,10 @@ class TrainState:
         like = {i: dict(step=torch.tensor(0.0), exp_avg=parameters[i], exp_avg_sq=parameters[i]) for i in moments}
         byte = torch.zeros(0, dtype=torch.uint8)
         streams = [[byte.new_empty(len(stream)) for stream in streams] for streams in state["rng"]]
-        mine = dict(model=self.model.state_dict(), loader=self.loader.state_dict(), rng=streams,
-                    scaler=self.numerics.scaler.state_dict(), step=0, tokens=0, seconds=0.0, skipped=0)
+        mine = dict(model=self.model.state_dict(), loader=self.loader.state_dict(), rng=streams, step=0, tokens=0,
+                    seconds=0.0, skipped=0)
+        if state["scaler"] and self.numerics.scaler.is_enabled():
+            mine["scaler"] = self.numerics.scaler.state_dict()
         same = all(is_like(state[name], part) for name, part in mine.items()) and isinstance(state["made_by"], dict)
         return same and all(streams) and is_like(moments, like)
 
@@ -2074,7 +2088,8 @@ class TrainState:
         self.model.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # by the flags of now
         self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
-        self.numerics.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # else the checkpoint is of another precision, and the scale begins anew
+            self.numerics.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.skipped = state["skipped"]
@@ -2086,17 +2101,17 @@ class TrainState:
 
 
 def is_like(value, like):
-    """Whether nested content has the keys, lengths and kinds of another, its tensors the shapes and dtypes, and its
-    numbers a size that can be meant."""
+    """Whether nested content has the keys, lengths and kinds of another, its tensors the shapes, and its
+    numbers finite and not negative. One floating dtype counts as another, which loading converts."""
     if isinstance(like, torch.Tensor):
-        return isinstance(value, torch.Tensor) and all(
-            getattr(value, name) == getattr(like, name) for name in ("shape", "dtype", "layout"))
+        return (isinstance(value, torch.Tensor) and (value.shape, value.layout) == (like.shape, like.layout)
+                and value.is_floating_point() == like.is_floating_point())
     if isinstance(like, dict):
         return isinstance(value, dict) and value.keys() == like.keys() and all(is_like(value[k], like[k]) for k in like)
     if isinstance(like, list):
         return isinstance(value, list) and len(value) == len(like) and all(map(is_like, value, like))
     if type(like) in (int, float):
-        return type(value) in (int, type(like)) and 0 <= value <= LARGEST
+        return type(value) in (int, type(like)) and 0 <= value < 2**63
     return type(value) is type(like)
 
 
@@ -2188,7 +2203,7 @@ class Saver:
     for the last one; what was saved before it is whole."""
 
     def __init__(self, state, config, run, world, log, run_id, resumed_from):
-        self.bytes = 12 * state.model.parameter_count()  # weights and two means of AdamW's, in fp32
+        self.bytes = 12 * state.model.parameter_count() + 2**20  # weights, AdamW's two means, in fp32; and the rest
         self.run, self.world, self.log = run, world, log
         self.settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run), run_id=run_id,
                              made_by=environment(world))
@@ -2199,15 +2214,18 @@ class Saver:
 
     def __enter__(self):
         self.pool = ThreadPoolExecutor(1)
-        free = shutil.disk_usage(self.folder).free if self.world.is_main and self.run.save_checkpoints else math.inf
-        if free < self.bytes:
-            self.log.text(f"{self.folder} has {free / 2**20:,.0f} MiB free, and a checkpoint takes "
+        if self.world.is_main and self.run.save_checkpoints and self.free() < self.bytes:
+            self.log.text(f"{self.folder} has {self.free() / 2**20:,.0f} MiB free, and a checkpoint takes "
                           f"{self.bytes / 2**20:,.0f}: free some space before the first one")
         return self
 
     def __exit__(self, *error):
         self.finish()
         self.pool.shutdown()
+
+    def free(self):
+        """Free bytes on the disk of the run's folder."""
+        return shutil.disk_usage(self.folder).free
 
     def due(self):
         """Whether --save_every_minutes asks for a checkpoint."""
@@ -2249,9 +2267,8 @@ class Saver:
     def write(self, path, content):
         """In the background: the file, and what it makes superfluous. Gives the seconds it took."""
         begin = time.monotonic()
-        needed, free = checkpoint_bytes(content), shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} free")
+        if self.free() < self.bytes:
+            raise OSError(errno.ENOSPC, f"{self.bytes / 2**20:,.0f} MiB are needed and {self.free() / 2**20:,.0f} free")
         write_checkpoint(path, content)
         every, newest = self.run.save_every, self.run.keep_last or 2
         for old in checkpoints_of(self.folder)[newest:]:
@@ -2287,14 +2304,6 @@ class Saver:
             kept = f"{self.newest} is whole" if self.newest else "there is none before it"
             raise SharedDataError(f"the last checkpoint was not saved ({error}); {kept}: free some space and go on "
                                   "with --resume auto")
-
-
-def checkpoint_bytes(content):
-    """Bytes on the disk of nested content, about."""
-    if isinstance(content, torch.Tensor):
-        return content.nbytes + 128
-    items = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return sum(map(checkpoint_bytes, items)) + 1024
 
 
 WEIGHTS = {"model", "network", "run"}  # what --init_from needs of a file; a resume needs all of a checkpoint
@@ -2461,7 +2470,7 @@ class Meter:
         self.state, self.run, self.world, self.log, self.run_id = state, run, world, log, run_id
         self.flops_per_token = state.model.flops_per_token(run.sequence_length)
         self.peak_flops = world.peak_flops()
-        self.pending, self.requests, self.rollback = None, set(), False
+        self.pending, self.requests, self.rollback, self.rolled_back = None, set(), False, 0
         self.count, self.total, self.first = 0, 0.0, []  # steps of this process, their seconds, those of the first few
         self.resume()
 
@@ -2521,7 +2530,8 @@ class Meter:
     def judge(self, step, loss, grad_norm, cursor):
         """What follows from a skipped update."""
         said = f"step {step}: the loss is {loss}, the norm of its gradient {grad_norm}"
-        path = Path(self.run.output_dir) / self.run_id / f"skipped{step:06d}.npz"
+        again = f"-{self.rolled_back}" if self.rolled_back else ""  # the step had another batch before
+        path = Path(self.run.output_dir) / self.run_id / f"skipped{step:06d}{again}.npz"
         if self.world.is_main:
             epoch, begin, rows = self.state.loader.rows_of_step(**cursor)
             try:
@@ -2579,7 +2589,7 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
                 saver.save(state)
                 end_if_asked(state, meter, signals, saver, world)
                 if validate:
-                    apply_plan(plan(state.step - 1, config, run), state.model, state.optimizer)  # also after a resume
+                    apply_plan(plan(state.step - 1, config, run), state.model, state.optimizer)  # MTP's weight
                     losses = evaluate(state.model, val_shards, config, run, world, state.numerics, signals)
                     if losses is None:
                         meter.requests.add("stop")
@@ -2639,6 +2649,7 @@ def roll_back(state, meter, saver, world, log):
     state.load_state_dict(load_checkpoint(path), world)
     state.loader.load_state_dict(cursor)
     state.seconds, state.skipped, meter.rollback, saver.saved_step = seconds, 0, False, state.step
+    meter.rolled_back += 1
     log.text(f"rolled back from step {step} to {path}; the data trained on since it is passed over")
     log.rewind(state.step)
     meter.resume()
@@ -2850,13 +2861,9 @@ def start_run(typed, world, origin):
                      f"fewer than val_tokens={run.val_tokens:,}")
     torch.manual_seed(run.seed)
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
-    try:
-        model = GPT(config)
-        model.rotary.build(run.sequence_length)
-        model.to(world.device)
-    except (RuntimeError, MemoryError) as e:
-        raise FullMemoryError(f"the network does not fit into memory ({first_line(e)}); --dry_run says how large it "
-                              "is") from e
+    model = GPT(config)
+    model.rotary.build(run.sequence_length)
+    model.to(world.device)
     if config.dropout:
         torch.manual_seed(run.seed + 1 + world.rank)  # each process drops others
     numerics = Numerics(config.precision, world.device)
@@ -2905,8 +2912,8 @@ def run_training(typed):
             notes.append(f"nothing is left to train: {state.step} of {run.num_iterations} steps are done; "
                          "--num_iterations sets a later end")
         run_id, resumed_at = new_run_id(run.model), None
-        begun_as = origin.content["run_id"] if origin.resumed else ""
-        if origin.resumed and str(origin.path.parent) == os.path.realpath(Path(run.output_dir) / begun_as):
+        begun = os.path.realpath(Path(run.output_dir) / origin.content["run_id"]) if origin.resumed else None
+        if begun and str(origin.path.parent) == begun:
             run_id, resumed_at = origin.content["run_id"], state.step  # else a copy, and the run itself is left alone
         run_id = world.gather(run_id)[0]
         validated = val_shards is None or not validation_due(state.step, run)
@@ -2926,7 +2933,8 @@ def run_training(typed):
 
 @contextlib.contextmanager
 def own_words_for_failures(world, state=None, config=None, run=None):
-    """Make one line of what torch has to say of processes that are gone, and (with a state) of memory that is out."""
+    """Make one line of what torch has to say of processes that are gone and of memory that is out; with a state, in the
+    numbers of its training."""
     try:
         yield
     except KNOWN_ENDINGS:
@@ -2934,7 +2942,9 @@ def own_words_for_failures(world, state=None, config=None, run=None):
     except (MemoryError, RuntimeError) as e:
         said = first_line(e)
         full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
-        if full and state:
+        if full and state is None:
+            raise FullMemoryError(f"out of memory before training ({said}); --dry_run says how large a run is") from e
+        if full:
             wanted = re.search(r"ried to allocate ([\d.]+ \w+)", said)
             said = f"{wanted[1]} more" if wanted else said
             raise FullMemoryError(out_of_memory(state, config, run, world, said)) from e
@@ -2973,8 +2983,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         code, line = 130, "interrupted: the checkpoints that were saved are whole, and --resume auto goes on"
     except KNOWN_ENDINGS as e:
-        own = isinstance(e, (DataError, LostError, FullMemoryError)) and not isinstance(e, SharedDataError)
-        if own or speaks_for_all():
+        if e.said_by_each or speaks_for_all():
             line = " ".join((str(e) if isinstance(e, Stopped) else f"error: {e}").splitlines())
         code = e.exit_code
     except OSError as e:  # of a path that nobody looked at

@@ -375,7 +375,7 @@ def test_a_shard_that_is_cut_short_while_in_use_is_named_with_the_token(tmp_path
     shards = script.TokenShards(write_shards(tmp_path, list(range(5)), list(range(5, 15))))
     cut_short(tmp_path / "part_001.bin", 4)
     assert shards.read(0, 9).tolist() == list(range(9))
-    assert shards.read_shard(1, 1, 100, exactly=False).tolist() == [6, 7, 8]
+    assert shards.read_shard(1, 1, 3).tolist() == [6, 7, 8]
     said = r"part_001\.bin was cut short while in use: its token %d is gone; make or fetch it again"
     for read in (lambda: shards.read(8, 2), lambda: shards.read_shard(1, 2, 3)):
         with pytest.raises(script.DataError, match=said % 4):

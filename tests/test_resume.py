@@ -96,6 +96,20 @@ def test_a_longer_run(trainer):
     assert steps(half)[4]["time"] > steps(half)[3]["time"]  # seconds count over both sittings
 
 
+@pytest.mark.parametrize("changes, flags", [
+    (dict(scaler=torch.amp.GradScaler("cpu").state_dict()), []),
+    (dict(tokens=3 * 10**12), []),
+    ({}, ["--no_save_checkpoints"]),
+    ({}, ["--nan_policy", "stop"]),
+], ids=["of fp16", "of trillions of tokens", "saving no more", "skipping no more"])
+def test_what_may_differ_is_no_reason_to_refuse(trainer, changes, flags):
+    folder = trainer.run("--save_every", 2, "--nan_limit", 3).folder
+    path = folder / "step000004.pt"
+    script.write_checkpoint(path, {**content_of(folder, 4), **changes})
+    result = trainer.main("--resume", path, *flags)
+    assert (result.code, result.err) == (0, "") and len(steps(folder)) == 6
+
+
 def test_flags_of_the_optimizer_count_in_a_resume(trainer):
     """Not what the checkpoint's optimizer had."""
     half = trainer.run("--num_iterations", 4, "--save_every", 2, "--warmdown_iters", 0).folder
@@ -411,6 +425,8 @@ def test_three_rollbacks_to_one_checkpoint_are_enough(trainer, poisoned):
     assert "2 updates in a row" in result.err and f"3 times {result.folder / 'step000004.pt'} led there" in result.err
     assert column(steps(result.folder), "step") == [1, 2, 3, 4, 5, 6]
     assert [content_of(result.folder, step)["skipped"] for step in (3, 4)] == [0, 0]
+    batches = [np.load(path)["tokens"].tolist() for path in sorted(result.folder.glob("skipped00000[56]*.npz"))]
+    assert len(batches) == 8 and all(batches.count(batch) == 1 for batch in batches)  # of four attempts
 
 
 def test_rollbacks_to_several_checkpoints_are_counted_for_each(trainer, poisoned):
