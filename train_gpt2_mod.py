@@ -2214,8 +2214,8 @@ class Saver:
 
     def __enter__(self):
         self.pool = ThreadPoolExecutor(1)
-        if self.world.is_main and self.run.save_checkpoints and self.free() < self.bytes:
-            self.log.text(f"{self.folder} has {self.free() / 2**20:,.0f} MiB free, and a checkpoint takes "
+        if self.world.is_main and self.run.save_checkpoints and (free := self.free()) < self.bytes:
+            self.log.text(f"{self.folder} has {free / 2**20:,.0f} MiB free, and a checkpoint takes "
                           f"{self.bytes / 2**20:,.0f}: free some space before the first one")
         return self
 
@@ -2267,8 +2267,8 @@ class Saver:
     def write(self, path, content):
         """In the background: the file, and what it makes superfluous. Gives the seconds it took."""
         begin = time.monotonic()
-        if self.free() < self.bytes:
-            raise OSError(errno.ENOSPC, f"{self.bytes / 2**20:,.0f} MiB are needed and {self.free() / 2**20:,.0f} free")
+        if (free := self.free()) < self.bytes:
+            raise OSError(errno.ENOSPC, f"{self.bytes / 2**20:,.0f} MiB are needed and {free / 2**20:,.0f} free")
         write_checkpoint(path, content)
         every, newest = self.run.save_every, self.run.keep_last or 2
         for old in checkpoints_of(self.folder)[newest:]:
