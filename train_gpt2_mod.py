@@ -57,6 +57,9 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 GPT2_VOCAB_SIZE = 50257
 HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a number of heads
 HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matrix kernels like round shapes
+LOGITS_AT_ONCE, COMPILED_LOGITS_AT_ONCE = 2**25, 2**30  # numbers there are of them; the second on CUDA
+FLOAT8_HEADS = ("fp8", "fp8_head")  # precisions
+FLOAT8_GRADIENT_SCALE = 2.0**15  # of gradients that are at most 1: the format ends at 1.75 times that
 WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 16 bytes; float8 kernels refuse others
 NORM_EPS = 1e-6
 NAN_POLICIES = ("stop", "skip", "rollback")
@@ -68,6 +71,7 @@ IGNORED = -1  # a target that counts neither in the loss nor in its mean
 LARGEST = 10**12  # of a whole number anywhere: what is above it is a slip, and would overflow somewhere
 WANDB_PATIENCE = 60  # seconds that W&B has to start, and to send its last records
 TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
+PROFILED_STEPS = 3  # after those
 
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the device's
 # name counts, so longer names stand before their beginnings.
@@ -225,6 +229,7 @@ class GPTConfig:
     mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
     mlp_expansion_factor: float = option(4.0, "MLP hidden width as a multiple of n_embd; 8/3 is allowed", parse=number)
     ffn_hidden: int = option(0, "MLP hidden width; 0: from mlp_expansion_factor", most=2**24)
+    logit_softcap: float = option(0.0, "bend each logit z to cap tanh(z / cap), which stays within the cap; 0: do not")
     init_std: float = option(
         0.0, "std of the initial matrices, those into the stream / sqrt(2 n_layer); 0: uniform in +-1/sqrt(fan_in)",
         rebuilds=False,
@@ -243,8 +248,9 @@ class GPTConfig:
         aliases=("use_gradient_checkpointing",), rebuilds=False,
     )
     precision: str = option(
-        "bf16", "what matrix products compute in (unset: bf16 on CUDA that has it, else fp32; amp: bf16, else fp16)",
-        choices=("fp32", "bf16", "fp16", "fp8"), switches=dict(use_fp8="fp8", use_amp="amp"), rebuilds=False,
+        "bf16", "type of matrix products; fp8_head: float8 in the head alone (unset: bf16 if CUDA has it, else fp32)",
+        choices=("fp32", "bf16", "fp16", "fp8", "fp8_head"), switches=dict(use_fp8="fp8", use_amp="amp"),
+        rebuilds=False,
     )
 
     def __post_init__(self):
@@ -308,6 +314,13 @@ class GPTConfig:
     @property
     def gqa_enabled(self):
         return self.n_kv_head < self.n_head
+
+    @property
+    def mtp_offsets(self):
+        """The offsets, beside 1, whose targets the training loss counts. Heads of their own are computed at any weight:
+        DDP waits for their gradients in each step."""
+        counts = self.mtp_enabled and (self.mtp_weight > 0 or self.mtp_heads == "separate")
+        return tuple(range(2, self.mtp_max_steps + 1)) if counts else ()
 
     @property
     def lookahead(self):
@@ -390,6 +403,7 @@ class TrainConfig:
     attention: str = option(
         "auto", "kernel of full attention; auto: torch's choice", choices=("auto", *ATTENTION_KERNELS)
     )
+    profile: bool = option(False, f"trace {PROFILED_STEPS} steps into the run's folder, for Perfetto or TensorBoard")
     empty_cache_every: int = option(0, "steps between returns of unused memory to the GPU (CUDA, MPS); 0: never")
     log_wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = option("train_gpt2_mod", "project for --log_wandb")
@@ -411,6 +425,8 @@ class TrainConfig:
                 "be ignored; drop it or --no_compile")
         require(fits, f"warmup_iters={self.warmup_iters} + warmdown_iters={self.warmdown_iters} must not exceed "
                 f"num_iterations={self.num_iterations}; shorten them or train longer")
+        require(not self.profile or self.num_iterations > PROFILED_STEPS + 1, f"profile traces {PROFILED_STEPS} steps "
+                f"after two others; num_iterations={self.num_iterations} must be at least {PROFILED_STEPS + 2}")
         require(self.nan_policy != "rollback" or self.save_checkpoints, "nan_policy=rollback goes back to checkpoints; "
                 "drop --no_save_checkpoints")
         require(self.input_val_bin or not self.target_val_loss, f"target_val_loss={self.target_val_loss} needs a "
@@ -582,8 +598,8 @@ def rule_precision(fields, typed, machine):
         return dict(precision="fp16" if cuda and not machine.has_bf16 else "bf16"), None
     require(wanted != "fp16" or cuda, f"precision=fp16 needs CUDA, and this run is on {machine.device_type}; use bf16 "
             "or fp32")
-    require(wanted != "fp8" or machine.has_fp8, "precision=fp8 needs a GPU with float8 matrix products (compute "
-            "capability 8.9 or more: Ada, Hopper, Blackwell), which this one is not; use bf16")
+    require("fp8" not in wanted or machine.has_fp8, f"precision={wanted} needs a GPU with float8 matrix products "
+            "(compute capability 8.9 or more: Ada, Hopper, Blackwell), which this one is not; use bf16")
     return {}, None
 
 
@@ -1249,9 +1265,23 @@ class Context(NamedTuple):
     mask: Any  # None: causal; else (T, T), True where a query (row) may look, or FlexAttention's BlockMask
 
 
+def product_dtype(x):
+    """What matrix products with x compute in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def stream_dtype(x):
+    """What the residual stream is kept in: bf16 where products are, which halves what the norms and sums between them
+    move; fp16 would overflow."""
+    dtype = product_dtype(x)
+    return dtype if dtype == torch.bfloat16 else x.dtype
+
+
 class Norm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) or LayerNorm (Ba et al. 2016, arXiv:1607.06450) over the last
-    dimension. The weights, `width` of them, are none with width 0; `bias` counts for a LayerNorm with weights."""
+    dimension, in the type of x. The weights, `width` of them, are none with width 0; `bias` counts for a LayerNorm with
+    weights."""
 
     def __init__(self, kind="rmsnorm", width=0, bias=False, eps=NORM_EPS):
         super().__init__()
@@ -1260,9 +1290,10 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if width and bias and kind == "layernorm" else None
 
     def forward(self, x):
+        wide = x if self.weight is None else x.to(self.weight.dtype)
         if self.kind == "layernorm":
-            return F.layer_norm(x, (x.size(-1),), self.weight, self.bias, self.eps)
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+            return F.layer_norm(wide, (x.size(-1),), self.weight, self.bias, self.eps).type_as(x)
+        return F.rms_norm(wide, (x.size(-1),), self.weight, self.eps).type_as(x)
 
 
 def make_norm(config):
@@ -1497,6 +1528,7 @@ class GPT(nn.Module):
         self.mtp_blocks = nn.ModuleDict({str(k): Block(config, config.n_layer) for k in own})
         # A buffer, not a number: a compiled graph reads its value at each call, so the ramp compiles nothing anew.
         self.register_buffer("mtp_weight_buffer", torch.tensor(config.mtp_weight), persistent=False)
+        self.loss_part = LOGITS_AT_ONCE, softmax_losses  # parallelize() may put a compiled one here
         self.start_weights()
 
     @torch.no_grad()
@@ -1515,10 +1547,10 @@ class GPT(nn.Module):
                 p.zero_()
 
     def embed(self, idx):
-        """(B, T) -> (B, T, C), and the Context of a sequence of T."""
+        """(B, T) -> the stream (B, T, C), and the Context of a sequence of T."""
         T, learned = idx.size(1), self.config.position == "learned"
         x = self.transformer.wte(idx)
-        x = self.drop(x + self.transformer.wpe.weight[:T] if learned else x)
+        x = self.drop(x + self.transformer.wpe.weight[:T] if learned else x).to(stream_dtype(x))
         cos, sin = (None, None) if learned else self.rotary(T)
         return x, Context(cos, sin, window_mask(T, self.config.window, idx.device))
 
@@ -1527,41 +1559,58 @@ class GPT(nn.Module):
             return checkpoint(block, x, ctx, use_reentrant=False)
         return block(x, ctx)
 
+    def trunk(self, idx, heads=1):
+        """(B, T) -> what each of the heads reads, a list of (B, T, C): the stream, normalised."""
+        x, ctx = self.embed(idx)
+        for block in self.transformer.h:
+            x = self.run_block(block, x, ctx)
+        own = [self.mtp_blocks[str(k)] for k in range(2, heads + 1)]
+        return [self.transformer.ln_f(z) for z in (x, *(self.run_block(block, x, ctx) for block in own))]
+
     def head(self, x):
-        """The stream (B, T, C), normalised, -> logits (B, T, V or more). On CUDA the matrix is padded with zero rows to
-        a round number of them, whose logits are -inf: the loss and its gradient are those of V logits, without a copy
-        that cuts them off."""
-        x, rows, fp8 = self.transformer.ln_f(x), self.config.vocab_size, self.config.precision == "fp8"
+        """What trunk() gives, (B, T, C), -> logits (B, T, V)."""
+        fp8 = self.config.precision in FLOAT8_HEADS
         x = pad_to(x, FLOAT8_MULTIPLE if fp8 else 1)
         weight = pad_to(self.lm_head.weight, x.size(-1), HEAD_ROWS_MULTIPLE if x.is_cuda or fp8 else 1)
         logits = linear(x, weight, None, fp8)
-        if logits.size(-1) == rows:
-            return logits
-        no_token = torch.arange(logits.size(-1), device=x.device) >= rows
-        return logits + torch.zeros_like(no_token, dtype=logits.dtype).masked_fill(no_token, -math.inf)
+        return softcapped(logits[..., : self.config.vocab_size], self.config.logit_softcap)
+
+    def loss(self, x, targets, shares):
+        """Sum over k of shares[k] times the mean cross-entropy in nats of head(x) against targets[k] (B, T)."""
+        clamp = self.config.loss_clamp if self.training else 0.0
+        settings = LossSettings(self.config.precision in FLOAT8_HEADS, clamp, self.config.logit_softcap,
+                                torch.is_grad_enabled(), *self.loss_part)
+        targets = torch.stack([target.flatten() for target in targets])
+        return HeadLoss.apply(x.flatten(0, 1).to(product_dtype(x)), self.lm_head.weight, targets, shares, settings)
 
     def forward(self, idx, targets_dict=None, return_logits=True, return_loss_components=False):
         """Token ids idx (B, T); targets_dict["target_k"] (B, T) holds the token k ahead of each position, IGNORED where
         there is none. Gives (logits, loss), either of them None where not asked for; with return_loss_components
         (logits, (main_loss, aux_loss)), aux_loss None without MTP. Losses are means in nats; while training, each
-        token's is at most loss_clamp."""
-        x, ctx = self.embed(idx)
-        for block in self.transformer.h:
-            x = self.run_block(block, x, ctx)
-        logits, loss = self.head(x), None
-        if targets_dict is not None:
+        token's is at most loss_clamp.
 
-            def logits_of(k):
-                """What is held against the target k ahead."""
-                block = self.mtp_blocks[str(k)] if str(k) in self.mtp_blocks else None
-                return logits if block is None else self.head(self.run_block(block, x, ctx))
-
-            main, aux = loss_components(logits_of, targets_dict, self.config, self.training)
-            if return_loss_components:
-                loss = main, aux
-            else:
-                loss = main if aux is None else main + self.mtp_weight_buffer * aux
-        return logits[..., : self.config.vocab_size] if return_logits else None, loss
+        aux_loss is the mean of the losses against targets 2 to mtp_max_steps, and the loss has it mtp_weight_buffer
+        times. With mtp_heads separate that is Gloeckle et al. 2024 (arXiv:2404.19737, section 2), the trunk's last
+        block being the first head; shared, the next token's logits stand for all offsets: that costs next to nothing.
+        """
+        offsets = self.config.mtp_offsets if targets_dict is not None else ()
+        streams = self.trunk(idx, 1 + len(offsets) * bool(self.mtp_blocks))
+        logits = self.head(streams[0]) if return_logits else None
+        if targets_dict is None:
+            return logits, None
+        first, further = targets_dict["target_1"], [targets_dict[f"target_{k}"] for k in offsets]
+        one, each = self.mtp_weight_buffer.new_ones(1), self.mtp_weight_buffer.new_full((), 1 / max(1, len(further)))
+        if further and not self.mtp_blocks and not return_loss_components:  # the logits are there once for all of them
+            shares = torch.cat([one, (self.mtp_weight_buffer * each).expand(len(further))])
+            return logits, self.loss(streams[0], [first, *further], shares)
+        main, aux = self.loss(streams[0], [first], one), None
+        if self.mtp_blocks and further:
+            aux = sum(self.loss(x, [target], each[None]) for x, target in zip(streams[1:], further))
+        elif further:
+            aux = self.loss(streams[0], further, each.expand(len(further)))
+        if return_loss_components:
+            return logits, (main, aux)
+        return logits, main if aux is None else main + self.mtp_weight_buffer * aux
 
     def parameter_count(self):
         """Parameters, the tied matrix counted once."""
@@ -1641,8 +1690,8 @@ class Numerics:
 
     def __init__(self, precision, device):
         self.device_type = device.type
-        dtypes = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16, fp8=torch.bfloat16)
-        self.dtype = dtypes[precision]
+        dtypes = dict(fp32=torch.float32, fp16=torch.float16)
+        self.dtype = dtypes.get(precision, torch.bfloat16)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def autocast(self):
@@ -1680,30 +1729,145 @@ class Numerics:
 # Loss
 
 
-def cross_entropy(logits, targets, cap=0.0):
-    """Mean over the targets that are not IGNORED of -log softmax(logits)[target], each at most `cap` (0: any);
-    logits (B, T, V), targets (B, T). A token at the cap has no gradient."""
-    logits, targets = logits.flatten(0, 1), targets.flatten()
-    if cap == 0:
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED)
-    losses = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
-    return losses.clamp(max=cap).sum() / (targets != IGNORED).sum()
+def softcapped(logits, cap):
+    """cap tanh(logits / cap) (Gemma Team 2024, arXiv:2408.00118, section 2), with cap 0 the logits."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def loss_components(logits_of, targets_dict, config, training=False):
-    """Next-token loss, and with MTP the mean of the losses of logits_of(k) against target k, for k from 2 to
-    mtp_max_steps (else None). The cap counts only while training.
+def softmax_losses(logits, targets, weights, clamp, softcap, gradient=None, gradient8=None):
+    """Cross-entropies in nats, (K, n), of logits (n, V) before the softcap against K rows of targets (K, n): 0 where
+    IGNORED, at most `clamp` (0: any). Into `gradient` (n, V), which may be the logits themselves, goes that of the sum
+    over k of weights[k] times the sum of losses[k], and into gradient8 FLOAT8_GRADIENT_SCALE times that; a token at the
+    clamp has none. Compiled, this is one kernel."""
+    z = softcapped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+    top = z.amax(-1, keepdim=True)
+    log_total = top + (z - top).exp().sum(-1, keepdim=True).log()
+    counted = targets != IGNORED
+    losses = log_total.T - z.gather(1, targets.clamp(min=0).T).T
+    if gradient is not None:
+        below = losses < clamp if clamp else torch.ones_like(counted)
+        each = weights[:, None] * (counted & below)  # (K, n)
+        dz, ids = (z - log_total).exp() * each.sum(0)[:, None], torch.arange(z.size(1), device=z.device)
+        for target, weight in zip(targets, each):
+            dz = torch.where(ids == target[:, None], dz - weight[:, None], dz)
+        dz = dz * (1 - (z / softcap).square()) if softcap else dz
+        gradient.copy_(dz)
+        if gradient8 is not None:
+            gradient8.copy_(FLOAT8_GRADIENT_SCALE * dz)
+    losses = losses.clamp(max=clamp) if clamp else losses
+    return torch.where(counted, losses, torch.zeros_like(losses))
 
-    With mtp_heads separate this is Gloeckle et al. 2024 (arXiv:2404.19737, section 2), the trunk's last block being the
-    first head; shared, the next token's logits stand for all offsets, which costs next to nothing.
-    """
-    cap = config.loss_clamp if training else 0.0
-    main = cross_entropy(logits_of(1), targets_dict["target_1"], cap)
-    counts = config.mtp_weight > 0 or config.mtp_heads == "separate"  # whose weights DDP waits for in each step
-    if not (config.mtp_enabled and config.mtp_max_steps > 1 and counts):
-        return main, None
-    offsets = range(2, config.mtp_max_steps + 1)
-    return main, sum(cross_entropy(logits_of(k), targets_dict[f"target_{k}"], cap) for k in offsets) / len(offsets)
+
+class HeadProducts:
+    """The three products of the head, logits = x @ weight.T of x (N, C) and weight (V, C), for some of the rows at a
+    time. On CUDA zero rows make V a multiple of HEAD_ROWS_MULTIPLE: their logits are cut off before they count."""
+
+    def __init__(self, x, weight):
+        self.x = x
+        self.weight = pad_to(weight.to(x.dtype), 1, HEAD_ROWS_MULTIPLE if x.is_cuda else 1)
+
+    def logits(self, rows):
+        return self.x[rows] @ self.weight.T
+
+    def memory8(self, logits):
+        """Where the gradient of these logits is wanted in float8, if it is."""
+
+    def gradient_of_x(self, dlogits, dlogits8):
+        return dlogits @ self.weight
+
+    def add_gradient_of_weight(self, rows, dlogits, total):
+        a, b = dlogits.T, self.x[rows]
+        if b.is_cuda and b.dtype != total.dtype:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # sums that no 16 bits ever hold
+        else:
+            total += a @ b
+
+
+class Float8HeadProducts(HeadProducts):
+    """The same with logits and the gradient of x in float8, as in Float8Product. The weight's gradient stays in bf16:
+    in float8 it needs a transposed copy of the logits' gradient, which costs what it gains."""
+
+    def __init__(self, x, weight):
+        self.x = pad_to(x, FLOAT8_MULTIPLE, FLOAT8_MULTIPLE).bfloat16()
+        weight = pad_to(weight, FLOAT8_MULTIPLE, HEAD_ROWS_MULTIPLE)
+        self.x8, self.x_scale = Float8Product.scaled(self.x, torch.float8_e4m3fn)
+        self.weight, self.scale = Float8Product.scaled(weight, torch.float8_e4m3fn)
+        self.turned, self.memory = self.weight.T.contiguous(), None
+        self.gradient_scale = self.scale.new_full((), 1 / FLOAT8_GRADIENT_SCALE)
+
+    def logits(self, rows):
+        return Float8Product.product(self.x8[rows], self.x_scale, self.weight, self.scale, torch.bfloat16, fast=True)
+
+    def memory8(self, logits):
+        if self.memory is None:  # zeros, that those of the padding stay
+            self.memory = torch.zeros_like(logits, dtype=torch.float8_e5m2)
+        return self.memory[: logits.size(0)]
+
+    def gradient_of_x(self, dlogits, dlogits8):
+        return Float8Product.product(dlogits8, self.gradient_scale, self.turned, self.scale, torch.bfloat16)
+
+
+class LossSettings(NamedTuple):
+    """What HeadLoss needs to know beside tensors."""
+
+    fp8: bool = False
+    clamp: float = 0.0
+    softcap: float = 0.0
+    gradient: bool = True  # whether it is wanted
+    logits_at_once: int = LOGITS_AT_ONCE
+    softmax_losses: Any = softmax_losses  # the function, or compiled
+
+
+def parts_of(rows, most):
+    """Slices that cut so many rows into equal parts, but for the last, of at most `most` (rounded up to 16)."""
+    size = -(-rows // -(-rows // max(1, most)))
+    size += -size % FLOAT8_MULTIPLE
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum over k of shares[k] times the mean cross-entropy of the logits x @ weight.T against targets[k]: of x (N, C),
+    weight (V, C), targets (K, N) and shares (K,). A mean is over the targets that are not IGNORED.
+
+    Never are all logits there: they come in parts, and the gradient of each part is taken while it is there, so that
+    nothing is computed twice either (Hsu et al. 2024, arXiv:2410.10989, section 3.2)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, shares, settings):
+        with torch.autocast(x.device.type, enabled=False):
+            return HeadLoss.in_parts(ctx, x, weight, targets, shares, settings)
+
+    @staticmethod
+    def in_parts(ctx, x, weight, targets, shares, settings):
+        (N, C), V, exact = x.shape, weight.size(0), torch.promote_types(x.dtype, torch.float32)
+        products = (Float8HeadProducts if settings.fp8 else HeadProducts)(x, weight)
+        targets = F.pad(targets, (0, products.x.size(0) - N), value=IGNORED)
+        shares = shares.to(exact) / (targets != IGNORED).sum(1)  # of one target
+        scale = shares.abs().sum()  # left to backward(): a token's share of the mean is too small for fp16
+        dx = x.new_empty(products.x.shape)
+        dweight = torch.zeros(products.weight.shape, dtype=exact, device=x.device) if settings.gradient else None
+        loss = torch.zeros_like(scale)
+        for rows in parts_of(targets.size(1), settings.logits_at_once // V):
+            logits, memory8 = products.logits(rows), None
+            true, into, into8 = logits[:, :V], None, None
+            if settings.gradient:
+                memory8, into = products.memory8(logits), true
+                into8 = None if memory8 is None else memory8[:, :V]
+            losses = settings.softmax_losses(true, targets[:, rows], shares / scale, settings.clamp, settings.softcap,
+                                             into, into8)
+            loss += (shares * losses.sum(1)).sum()
+            if settings.gradient:
+                dx[rows] = products.gradient_of_x(logits, memory8)
+                products.add_gradient_of_weight(rows, logits, dweight)
+            del logits, true, into  # before the next part's are made
+        if settings.gradient:
+            ctx.save_for_backward(dx[:N, :C], dweight[:V, :C], scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dweight, scale = ctx.saved_tensors
+        return dx * (dloss * scale), dweight * (dloss * scale), None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1875,6 +2039,7 @@ class DistributedDataLoader:
         self.seed, self.tokens_per_step = run.seed if run.shuffle else None, run.tokens_per_step
         self.turns = range(world.rank, self.micro_batches, world.size)
         self.epoch_order = None, None  # epoch, its permutation
+        self.seconds = 0.0  # spent on batches: while a GPU computes, the host has them
         needed = run.tokens_per_step + lookahead
         if needed > shards.total:
             raise DataError(f"a step of {run.tokens_per_step:,} tokens (and {lookahead} ahead) is larger than the "
@@ -1893,10 +2058,12 @@ class DistributedDataLoader:
     def next_batch(self):
         """(inputs (B, T), {"target_k": (B, T)}), token ids on the device. Raises DataError for shards that cannot be
         read any more."""
+        begin = time.perf_counter()
         self.read_ahead()
         x, targets, self.cursor = self.ahead or self.upload()
         self.read_ahead()
         self.ahead = self.upload() if self.queue else None
+        self.seconds += time.perf_counter() - begin
         return x, targets
 
     def read_ahead(self):
@@ -1973,13 +2140,16 @@ def why_no_compile(device):
 
 
 def parallelize(model, run, world, log):
-    """Compile the model in place (so that its state_dict keeps its names) and wrap it for the processes there are."""
+    """Compile the model's parts in place (so that its state_dict keeps its names) and wrap it for the processes there
+    are."""
     wanted = run.compile if run.compile is not None else world.device.type == "cuda"
     reason = why_no_compile(world.device) if wanted else None
     if reason:
         log.text(f"torch.compile does not work here, training goes on uncompiled and slower: {reason}")
     elif wanted:
-        model.compile(dynamic=False, mode=run.compile_mode)
+        model.trunk = torch.compile(model.trunk, dynamic=False, mode=run.compile_mode)
+        at_once = COMPILED_LOGITS_AT_ONCE if world.device.type == "cuda" else LOGITS_AT_ONCE
+        model.loss_part = at_once, torch.compile(softmax_losses, dynamic=False)
     if world.size == 1:
         return model
     with warnings.catch_warnings():
@@ -2472,6 +2642,7 @@ class Meter:
         self.peak_flops = world.peak_flops()
         self.pending, self.requests, self.rollback, self.rolled_back = None, set(), False, 0
         self.count, self.total, self.first = 0, 0.0, []  # steps of this process, their seconds, those of the first few
+        self.begin, self.others = time.perf_counter(), dict(validation=0.0, saving=0.0)  # seconds
         self.resume()
 
     def resume(self):
@@ -2492,6 +2663,21 @@ class Meter:
             self.report(*self.pending)
             self.pending = None
         self.world.synchronize()
+
+    @contextlib.contextmanager
+    def other(self, what):
+        """Counts the seconds of what is not a step."""
+        begin = time.perf_counter()
+        yield
+        self.others[what] += time.perf_counter() - begin
+
+    def breakdown(self):
+        """Where the seconds since the start of train() went, in one line."""
+        first, whole = sum(self.first[:1]), time.perf_counter() - self.begin
+        parts = {"first step": first, "further steps": self.total - first, **self.others}
+        parts["the rest"] = whole - sum(parts.values())
+        said = " + ".join(f"{what} {seconds:.1f}" for what, seconds in parts.items())
+        return f"time: {whole:.1f} s = {said}; of the steps the host spent {self.state.loader.seconds:.2f} s on data"
 
     @property
     def step_average(self):
@@ -2574,10 +2760,11 @@ def train_step(model, state, row, run, world, asked):
 
 def train(state, config, run, world, log, run_id, val_shards, resumed_from):
     """Train from state.step to the end of the run, to its target, or to a signal."""
-    model = parallelize(state.model, run, world, log)
     meter = Meter(state, run, world, log, run_id)
+    model = parallelize(state.model, run, world, log)
+    meter.resume()
     saver = Saver(state, config, run, world, log, run_id, resumed_from)
-    with StopSignals() as signals, saver:
+    with StopSignals() as signals, saver, profiler(state, run, world, log, run_id) as next_step:
         while True:
             saver.look()
             validate = val_shards is not None and validation_due(state.step, run)
@@ -2586,11 +2773,13 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
                 if meter.rollback:
                     roll_back(state, meter, saver, world, log)
                     continue
-                saver.save(state)
+                with meter.other("saving"):
+                    saver.save(state)
                 end_if_asked(state, meter, signals, saver, world)
                 if validate:
                     apply_plan(plan(state.step - 1, config, run), state.model, state.optimizer)  # MTP's weight
-                    losses = evaluate(state.model, val_shards, config, run, world, state.numerics, signals)
+                    with meter.other("validation"):
+                        losses = evaluate(state.model, val_shards, config, run, world, state.numerics, signals)
                     if losses is None:
                         meter.requests.add("stop")
                         continue
@@ -2604,9 +2793,31 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
             numbers, grad_norm = train_step(model, state, row, run, world, asked)
             state.step, state.tokens = state.step + 1, state.tokens + run.tokens_per_step
             meter.submit(numbers, grad_norm, row, cursor)
+            next_step()
             if run.empty_cache_every and state.step % run.empty_cache_every == 0:
                 world.empty_cache()
-        saver.finish_last()
+        with meter.other("saving"):
+            saver.finish_last()
+    log.text(meter.breakdown())
+
+
+@contextlib.contextmanager
+def profiler(state, run, world, log, run_id):
+    """Gives what to call after each step. With --profile each process traces some steps, after its first ones."""
+    if not run.profile:
+        yield lambda: None
+        return
+
+    def write(trace):
+        path = Path(run.output_dir) / run_id / f"rank{world.rank}.pt.trace.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trace.export_chrome_trace(str(path))
+        log.text(f"profile: {path}, for https://ui.perfetto.dev or TensorBoard; these steps were slower")
+
+    before = max(0, min(TIMING_WARMUP_STEPS, run.num_iterations - state.step - 1 - PROFILED_STEPS))
+    schedule = torch.profiler.schedule(wait=before, warmup=1, active=PROFILED_STEPS, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True) as trace:
+        yield trace.step
 
 
 def validation_due(step, run):

@@ -126,14 +126,14 @@ sys.exit(script.main(sys.argv[1:]))
 
 def poison(patch):
     """Make losses of targets with those tokens what they say."""
-    plain = script.cross_entropy
+    plain = script.GPT.loss
 
-    def cross_entropy(logits, targets, cap=0.0):
-        loss = plain(logits, targets, cap)
-        loss = loss * float("nan") if (targets == NO_NUMBER).any() else loss
-        return loss + float("inf") if (targets == INFINITE).any() else loss
+    def poisoned(self, x, targets, shares):
+        loss = plain(self, x, targets, shares)
+        loss = loss * float("nan") if (targets[0] == NO_NUMBER).any() else loss
+        return loss + float("inf") if (targets[0] == INFINITE).any() else loss
 
-    patch(script, "cross_entropy", cross_entropy)
+    patch(script.GPT, "loss", poisoned)
 
 
 def watched(train_step):

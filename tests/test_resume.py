@@ -308,10 +308,10 @@ POISON = 255
 def poisoned(trainer, monkeypatch):
     """A function that gives the training shards 24 steps an epoch, of which the data of these numbers, counted from 1,
     makes the loss NaN."""
-    plain = script.cross_entropy
+    plain = script.GPT.loss
 
-    def cross_entropy(logits, targets, cap=0.0):
-        return plain(logits, targets, cap) * (math.nan if (targets == POISON).any() else 1.0)
+    def loss(self, x, targets, shares):
+        return plain(self, x, targets, shares) * (math.nan if (targets[0] == POISON).any() else 1.0)
 
     def poison(*numbers, without=()):
         tokens = some_tokens(24 * 64 + 1, 0, vocab_size=POISON)
@@ -324,7 +324,7 @@ def poisoned(trainer, monkeypatch):
         write_shard(trainer.data / "train_000.bin", tokens)
         return tokens
 
-    monkeypatch.setattr(script, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(script.GPT, "loss", loss)
     return poison
 
 

@@ -208,7 +208,7 @@ class Family(NamedTuple):
     buffers: str  # pattern of what old files hold besides the weights
 
 
-PLAIN = dict(mixer=("attention",), qk_norm=(False,), post_norm=(False,), window=(0,))
+PLAIN = dict(mixer=("attention",), qk_norm=(False,), post_norm=(False,), window=(0,), logit_softcap=(0.0,))
 FAMILIES = {
     "gpt2": Family(
         name="GPT2LMHeadModel", preset="gpt2", bias=True, read=gpt2_fields, write=gpt2_settings,
