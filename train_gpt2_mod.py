@@ -1734,23 +1734,43 @@ def softcapped(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def softmax_losses(logits, targets, weights, clamp, softcap, gradient=None, gradient8=None):
-    """Cross-entropies in nats, (K, n), of logits (n, V) before the softcap against K rows of targets (K, n): 0 where
-    IGNORED, at most `clamp` (0: any). Into `gradient` (n, V), which may be the logits themselves, goes that of the sum
-    over k of weights[k] times the sum of losses[k], and into gradient8 FLOAT8_GRADIENT_SCALE times that; a token at the
-    clamp has none. Compiled, this is one kernel."""
-    z = softcapped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
-    top = z.amax(-1, keepdim=True)
-    log_total = top + (z - top).exp().sum(-1, keepdim=True).log()
-    counted = targets != IGNORED
-    losses = log_total.T - z.gather(1, targets.clamp(min=0).T).T
+def softmax_losses(logits, targets, weights, vocab_size, clamp, softcap, gradient=None, gradient8=None):
+    """Cross-entropies in nats, (K, n), of the first vocab_size of the logits (n, V or more), before the softcap, and K
+    rows of targets (K, n): 0 where IGNORED, at most `clamp` (0: any). Into `gradient`, which may be the logits
+    themselves, goes that of the sum over k of weights[k] times the sum of losses[k], and into gradient8
+    FLOAT8_GRADIENT_SCALE times that; a token at the clamp has none, nor has a logit that is none."""
+    z = softcapped(logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+    log_p, counted, ids = F.log_softmax(z, dim=-1), targets != IGNORED, targets.clamp(min=0).T
+    losses = -log_p.gather(1, ids).T
     if gradient is not None:
         below = losses < clamp if clamp else torch.ones_like(counted)
         each = weights[:, None] * (counted & below)  # (K, n)
-        dz, ids = (z - log_total).exp() * each.sum(0)[:, None], torch.arange(z.size(1), device=z.device)
-        for target, weight in zip(targets, each):
-            dz = torch.where(ids == target[:, None], dz - weight[:, None], dz)
-        dz = dz * (1 - (z / softcap).square()) if softcap else dz
+        dz = log_p.exp_().mul_(each.sum(0)[:, None]).scatter_add_(1, ids, -each.T)
+        dz = dz.mul_(1 - (z / softcap).square()) if softcap else dz
+        for into, scale in ((gradient, 1.0), (gradient8, FLOAT8_GRADIENT_SCALE)):
+            if into is not None:
+                into.fill_(0)[:, :vocab_size].copy_(dz if scale == 1 else scale * dz)
+    losses = losses.clamp(max=clamp) if clamp else losses
+    return torch.where(counted, losses, torch.zeros_like(losses))
+
+
+def fused_softmax_losses(logits, targets, weights, vocab_size, clamp, softcap, gradient=None, gradient8=None):
+    """The same for torch.compile, which makes one kernel of it that reads the logits twice, the second time from the
+    GPU's cache. Hence rows of a round size, and neither gather nor scatter, but comparisons in each row."""
+    ids = torch.arange(logits.size(1), device=logits.device)
+    z = softcapped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
+    z = torch.where(ids < vocab_size, z, -math.inf) if vocab_size < logits.size(1) else z
+    top = z.amax(-1, keepdim=True)
+    log_total = top + (z - top).exp().sum(-1, keepdim=True).log()
+    hits, counted = [ids == target[:, None] for target in targets], targets != IGNORED
+    losses = log_total.T - torch.stack([torch.where(hit, z, 0.0).sum(-1) for hit in hits])
+    if gradient is not None:
+        below = losses < clamp if clamp else torch.ones_like(counted)
+        each = weights[:, None] * (counted & below)
+        dz = (z - log_total).exp() * each.sum(0)[:, None]
+        for hit, weight in zip(hits, each):
+            dz = torch.where(hit, dz - weight[:, None], dz)
+        dz = torch.where(ids < vocab_size, dz * (1 - (z / softcap).square()), 0.0) if softcap else dz
         gradient.copy_(dz)
         if gradient8 is not None:
             gradient8.copy_(FLOAT8_GRADIENT_SCALE * dz)
@@ -1760,7 +1780,7 @@ def softmax_losses(logits, targets, weights, clamp, softcap, gradient=None, grad
 
 class HeadProducts:
     """The three products of the head, logits = x @ weight.T of x (N, C) and weight (V, C), for some of the rows at a
-    time. On CUDA zero rows make V a multiple of HEAD_ROWS_MULTIPLE: their logits are cut off before they count."""
+    time. On CUDA zero rows make V a multiple of HEAD_ROWS_MULTIPLE: their logits must not count."""
 
     def __init__(self, x, weight):
         self.x = x
@@ -1779,6 +1799,8 @@ class HeadProducts:
         a, b = dlogits.T, self.x[rows]
         if b.is_cuda and b.dtype != total.dtype:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # sums that no 16 bits ever hold
+        elif b.dtype == total.dtype:
+            total.addmm_(a, b)
         else:
             total += a @ b
 
@@ -1799,8 +1821,8 @@ class Float8HeadProducts(HeadProducts):
         return Float8Product.product(self.x8[rows], self.x_scale, self.weight, self.scale, torch.bfloat16, fast=True)
 
     def memory8(self, logits):
-        if self.memory is None:  # zeros, that those of the padding stay
-            self.memory = torch.zeros_like(logits, dtype=torch.float8_e5m2)
+        if self.memory is None:
+            self.memory = torch.empty_like(logits, dtype=torch.float8_e5m2)
         return self.memory[: logits.size(0)]
 
     def gradient_of_x(self, dlogits, dlogits8):
@@ -1815,7 +1837,7 @@ class LossSettings(NamedTuple):
     softcap: float = 0.0
     gradient: bool = True  # whether it is wanted
     logits_at_once: int = LOGITS_AT_ONCE
-    softmax_losses: Any = softmax_losses  # the function, or compiled
+    softmax_losses: Any = softmax_losses  # or the fused one, compiled
 
 
 def parts_of(rows, most):
@@ -1848,18 +1870,15 @@ class HeadLoss(torch.autograd.Function):
         dweight = torch.zeros(products.weight.shape, dtype=exact, device=x.device) if settings.gradient else None
         loss = torch.zeros_like(scale)
         for rows in parts_of(targets.size(1), settings.logits_at_once // V):
-            logits, memory8 = products.logits(rows), None
-            true, into, into8 = logits[:, :V], None, None
-            if settings.gradient:
-                memory8, into = products.memory8(logits), true
-                into8 = None if memory8 is None else memory8[:, :V]
-            losses = settings.softmax_losses(true, targets[:, rows], shares / scale, settings.clamp, settings.softcap,
-                                             into, into8)
+            logits = products.logits(rows)
+            gradients = (logits, products.memory8(logits)) if settings.gradient else ()
+            losses = settings.softmax_losses(logits, targets[:, rows], shares / scale, V, settings.clamp,
+                                             settings.softcap, *gradients)
             loss += (shares * losses.sum(1)).sum()
-            if settings.gradient:
-                dx[rows] = products.gradient_of_x(logits, memory8)
+            if gradients:
+                dx[rows] = products.gradient_of_x(*gradients)
                 products.add_gradient_of_weight(rows, logits, dweight)
-            del logits, true, into  # before the next part's are made
+            del logits, gradients  # before the next part's are made
         if settings.gradient:
             ctx.save_for_backward(dx[:N, :C], dweight[:V, :C], scale)
         return loss
@@ -2149,7 +2168,7 @@ def parallelize(model, run, world, log):
     elif wanted:
         model.trunk = torch.compile(model.trunk, dynamic=False, mode=run.compile_mode)
         at_once = COMPILED_LOGITS_AT_ONCE if world.device.type == "cuda" else LOGITS_AT_ONCE
-        model.loss_part = at_once, torch.compile(softmax_losses, dynamic=False)
+        model.loss_part = at_once, torch.compile(fused_softmax_losses, dynamic=False)
     if world.size == 1:
         return model
     with warnings.catch_warnings():
