@@ -2912,31 +2912,44 @@ def report_end(state, config, run, world, log):
     log.summary(dict(details, precision=config.precision))
 
 
+def kept_by_block(config):
+    """Bytes of a token that a block keeps for its backward pass, as torch.compile chooses: the stream before each half,
+    what makes a product's operand or the kernel of attention (q and k are copies, v keeps the product that made it),
+    and in float8 no operand that can be made again."""
+    half, stream = 4 if config.precision == "fp32" else 2, 4 if config.precision in ("fp32", "fp16") else 2
+    C, F, H, K, D = config.n_embd, config.ffn_hidden, config.n_head, config.n_kv_head, config.head_dim
+    projected, copied = (H + 2 * K) * D, (H + K) * D * (config.position == "rope" or config.qk_norm)
+    if config.mixer == "latent":
+        R, rank = config.rope_head_dim, config.kv_rank
+        projected, copied = H * (D + R) + rank + R + 2 * H * D, 2 * H * (D + R)
+    hidden = 2 * F if config.mlp == "swiglu" else F
+    operands = C if config.precision == "fp8" else half * (2 * C + F)
+    added = 2 * C * half if config.post_norm else 0  # attention's and the MLP's outputs, before their norms
+    return 2 * C * stream + half * (projected + copied + H * D + hidden) + 4 * H + operands + added
+
+
 def memory_plan(config, run, model, world_size=1, training=True):
     """Bytes on one GPU at the peak of compiled training (else of validation, run.batch_size being that of its batch),
-    by part: what is there when the last logits are.
-
-    What a parameter needs follows from fp32 and AdamW; gradients of a single micro-batch come as activations go. What a
-    token keeps for the backward pass (the stream twice a block in fp32, the rest in `half`) has factors fitted to the
-    peaks in docs/03-model-sizes, which shows how near the plan comes."""
+    by part: what is there with the first part of the logits. What a parameter needs follows from fp32 and AdamW, what
+    a token needs from kept_by_block(); the head has a part of the logits, the gradients of x and of its matrix, and the
+    matrix itself in the type of products. Gradients of a single micro-batch come as activations go."""
     parameters, tokens = model.parameter_count(), run.batch_size * run.sequence_length
-    half, fp8 = 4 if config.precision == "fp32" else 2, config.precision == "fp8"
-    heads = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-    heads += 2 * config.n_head * config.rope_head_dim if config.mixer == "latent" else 0
-    width = 8 + half * (2.4 if fp8 else 4.3) + half * 2 * config.post_norm
-    hidden = half * ((1.95 if fp8 else 3.1) if config.mlp == "swiglu" else 2)
-    block = width * config.n_embd + half * heads + hidden * config.ffn_hidden
-    kept = (config.n_layer + len(model.mtp_blocks)) * block
-    copies = 2.2 if fp8 or config.vocab_size % HEAD_ROWS_MULTIPLE else 1.4  # of the logits: a mask takes one of its own
-    logits = half * (copies + len(model.mtp_blocks)) * config.vocab_size
+    half, stream = 4 if config.precision == "fp32" else 2, 4 if config.precision in ("fp32", "fp16") else 2
+    rows = parts_of(tokens, COMPILED_LOGITS_AT_ONCE // config.vocab_size)[0]
+    logits = (rows.stop - rows.start) * config.vocab_size * (half + (config.precision in FLOAT8_HEADS) * training)
+    blocks, block = config.n_layer + len(model.mtp_blocks), tokens * kept_by_block(config)
+    matrix = model.lm_head.weight.numel() * (half + 4 * training)
+    head = logits + matrix + (1 + len(model.mtp_blocks)) * tokens * config.n_embd * half * (2 if training else 1)
     if not training:  # one block at a time, and nothing is kept for later
-        return dict(weights=4 * parameters, gradients=0, optimizer=8 * parameters, activations=tokens * block,
-                    logits=tokens * logits)
+        return dict(weights=4 * parameters, gradients=0, optimizer=8 * parameters, activations=block, head=head)
+    kept, casts = blocks * block, 0
     if config.gradient_checkpointing:
-        kept = (config.n_layer + len(model.mtp_blocks)) * 4 * config.n_embd + max(0, block - logits)
-    waiting = 0 if run.grad_accumulation_steps > world_size else tokens * (kept + logits)
-    return dict(weights=4 * parameters, gradients=max(0, 4 * parameters - waiting), optimizer=8 * parameters,
-                activations=tokens * kept, logits=tokens * logits)
+        kept = blocks * tokens * config.n_embd * stream + max(0, block - logits)
+    elif config.precision not in ("fp32", "fp8"):  # each micro-batch keeps the blocks' matrices in the type of products
+        casts = half * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    waiting = 0 if run.grad_accumulation_steps > world_size else kept + head
+    return dict(weights=4 * parameters + casts, gradients=max(0, 4 * parameters - waiting), optimizer=8 * parameters,
+                activations=kept, head=head)
 
 
 def parameters_by_part(model):

@@ -297,7 +297,7 @@ def test_a_validation_batch_that_is_found_is_the_largest_that_fits(world, val_to
 
 
 def test_a_batch_size_that_was_found_stays_on_another_machine():
-    base = checkpoint(f"--model tiny --batch_size auto --total_batch_size {2**16}", memory=2**32)
+    base = checkpoint(f"--model tiny --batch_size auto --total_batch_size {2**16}", memory=2**31)
     assert isinstance(base["batch_size"], int) and base["batch_size"] < 64
     for memory in (0, 2**20, 2**40):
         _, run = resolved(base=base, memory=memory)

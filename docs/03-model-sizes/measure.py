@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure the model-size document's networks, where fp8 begins to pay, and the memory plan; print README.md's tables.
+"""Measure the model-size document's networks, and where fp8 begins to pay; print README.md's tables.
 
     python docs/03-model-sizes/measure.py --input_bin 'sized/train_*.bin' --gpt2_bin 'fineweb/train_*.bin'
     python docs/03-model-sizes/measure.py --table
@@ -58,13 +58,6 @@ def resolved(flags):
         return config, run, script.GPT(config)
 
 
-def planned_mib(flags):
-    """The memory plan of a run, in MiB."""
-    import train_gpt2_mod as script
-
-    return sum(script.memory_plan(*resolved(flags)).values()) / 2**20
-
-
 def measure(flags, pattern):
     """Run the script once; the figures of its last step."""
     import torch
@@ -116,7 +109,7 @@ def ratio(bf16, fp8):
 
 
 def tables(rows):
-    """The Markdown tables: the sizes, fp8 by width, GPT-2 and d12, and the memory plan."""
+    """The Markdown tables: the sizes, fp8 by width, GPT-2 and d12."""
     by = {r["flags"]: r for r in rows}
     sizes, widths, others = [], [], []
     for i, (model, (said, speed)) in enumerate(SIZES.items()):
@@ -129,15 +122,11 @@ def tables(rows):
     for r in filter(None, map(by.get, GPT2_RUNS)):
         others.append([f"`{r['model']}`" + ", checkpointing" * ("checkpointing" in r["flags"]), f"{r['parameters']:,}",
                        *figures(r), f"{r['first_loss']:.3f}", f"{r['last_loss']:.3f}", str(r["steps"])])
-    plans = [(r, planned_mib(r["flags"])) for r in rows]
-    plan = [[f"`{r['flags'].split(' --batch')[0]}`", str(r["batch_size"]), f"{planned:,.0f}", f"{r['peak_mem_MB']:,}",
-             f"{planned / r['peak_mem_MB'] - 1:+.1%}"] for r, planned in plans]
     return [
         table(["preset", "parameters", "the document", "bf16 tokens/s", "MFU", "MiB", "fp8 tokens/s", "MFU", "MiB",
                "fp8 / bf16", "the document"], sizes),
         table(["n_embd", "bf16 tokens/s", "MFU", "fp8 tokens/s", "MFU", "fp8 / bf16"], widths),
         table(["preset", "parameters", "tokens/s", "MFU", "MiB", "loss of step 1", "last loss", "its step"], others),
-        table(["run", "sequences", "planned MiB", "measured MiB", "difference"], plan),
     ]
 
 

@@ -1,0 +1,283 @@
+#!/usr/bin/env python3
+"""Measure the speed of a step, and where it goes; print README.md's tables.
+
+    python docs/01-slowest-parts/measure.py --input_bin 'fineweb/train_*.bin' --input_val_bin 'fineweb/val_*.bin'
+    python docs/01-slowest-parts/measure.py --only under_40_gib profile_d12 --input_bin ... --input_val_bin ...
+    python docs/01-slowest-parts/measure.py --table
+
+The first runs the EXPERIMENTS and PROFILES that results.jsonl does not hold --runs times for this GPU and this version
+of the script, a minute or two each on an H100, and appends what it finds; --only picks some by name. The shards have
+GPT-2's vocabulary. The last only prints.
+"""
+import argparse
+import collections
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+RESULTS = HERE / "results.jsonl"
+sys.path.insert(0, str(ROOT))
+
+COMMON = "--sequence_length 1024 --total_batch_size 131072 --num_iterations 1000 --seed 1"
+D12, PLAIN = "--model d12 --batch_size 64", "--model d12_post_norm_qk_norm --batch_size 64"  # the second without GQA
+LONG = "--sequence_length 4096 --batch_size 16"
+
+# name -> (settings of tools/bench.py, the command lines that take turns)
+EXPERIMENTS = {
+    "under_40_gib": ("--memory_gib 40", ["--model d12 --batch_size 64"]),
+    "under_40_gib_128": ("--memory_gib 40", ["--model d12 --batch_size 128"]),
+    "under_20_gib": ("--memory_gib 20", ["--model d12 --batch_size 32"]),
+    "under_12_gib": ("--memory_gib 12", ["--model d12 --batch_size 16"]),
+    "card_of_24_gib": ("--memory_gib 22", ["--model d12 --batch_size 32 --total_batch_size 524288"]),
+    "fp8": ("", [D12, f"{D12} --precision fp8_head", f"{D12} --precision fp8"]),
+    "validation": ("--validation", ["--model d12 --batch_size 64 --val_tokens 10485760"]),
+    "data": ("--data_share", [D12]),
+    "mtp": ("", [D12, f"{D12} --mtp_enabled --mtp_max_steps 4"]),
+    "mlp3x": ("", [D12, "--model d12_mlp3x --batch_size 64"]),
+    "gqa": ("", [PLAIN, "--model d12_gqa --batch_size 64", "--model d12_mqa --batch_size 64"]),
+    "window": ("", [f"{PLAIN} {LONG}", f"{PLAIN} {LONG} --window 128"]),
+    "window_1024": ("", [PLAIN, "--model d12_window --batch_size 64"]),
+    "checkpointing": ("", [D12, f"{D12} --gradient_checkpointing"]),
+    "attention": ("", [f"{D12} --attention {kernel}" for kernel in ("cudnn", "flash")]),
+    "compile_mode": ("", [D12, f"{D12} --compile_mode reduce-overhead"]),
+    "d24": ("", ["--model d24 --batch_size 16"]),
+}
+PROFILES = {f"profile_{model}": f"--model {model} --batch_size {size}"
+            for model, size in (("d12", 64), ("d12_mlp3x", 64), ("d24", 16))}
+PARTS = ("embedding", "norms and residual", "attention", "mlp", "head and loss", "gradients", "optimizer", "data",
+         "communication", "not attributed", "host gaps")
+
+
+def results():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def append(rows):
+    with open(RESULTS, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def bench(name, data):
+    """Run tools/bench.py once; a record of each command line."""
+    settings, lines = EXPERIMENTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.jsonl"
+        command = [sys.executable, ROOT / "tools/bench.py", *settings.split(), "--json", found]
+        command += [*lines, "--", *COMMON.split(), *data]
+        # An empty cache: the first step of the first command line is a cold one.
+        subprocess.run(command, check=True)
+        return [json.loads(line) for line in found.read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A trace of --profile, by part
+
+
+def read_trace(path):
+    return json.loads(gzip.open(path).read())["traceEvents"]
+
+
+def enclosing(launches, calls):
+    """For each launch (time, thread) the calls [(begin, end, event)] of its thread that are around it, outermost first."""
+    threads = collections.defaultdict(list)
+    for event in calls:
+        threads[event["tid"]].append((event["ts"], 1, event))
+    for key, (time, thread) in launches.items():
+        threads[thread].append((time, 2, key))
+    around = {}
+    for entries in threads.values():
+        open_calls = []
+        for time, kind, item in sorted(entries, key=lambda entry: entry[:2]):
+            open_calls = [event for event in open_calls if event["ts"] + event["dur"] >= time]
+            if kind == 1:
+                open_calls.append(item)
+            else:
+                around[item] = list(open_calls)
+    return around
+
+
+def part_of(kernel, calls, sizes):
+    """The part of the step that a kernel works for: by the calls around its launch, the shapes of its product, and the
+    operations in the name that torch.compile gave it."""
+    name, words = kernel["name"].lower(), " ".join(event["name"].lower() for event in calls)
+    if "memcpy htod" in name:
+        return "data"
+    if "nccl" in name:
+        return "communication"
+    if any(word in words for word in ("optimizer.step", "_foreach_norm", "linalg_vector_norm", "_foreach_mul")):
+        return "optimizer"
+    if "headloss" in words:
+        return "head and loss"
+    if any(word in name for word in ("cudnn", "flash", "fmha", "flex_attention")) or "attention" in words:
+        return "attention"
+    product = next((event for event in reversed(calls) if event["name"] in ("aten::mm", "aten::addmm", "aten::bmm",
+                                                                            "aten::_scaled_mm")), None)
+    if product:
+        shapes = [size for shape in product["args"].get("Input Dims", []) for size in shape if isinstance(size, int)]
+        return "mlp" if any(size in sizes["mlp"] for size in shapes) else "attention"
+    if "accumulategrad" in words or "zero_" in words:
+        return "gradients"
+    for part, marks in (("mlp", ("gelu", "silu", "relu")), ("embedding", ("embedding",)),
+                        ("norms and residual", ("norm", "rsqrt", "pow", "mean")),
+                        ("attention", ("cat", "split", "transpose", "neg", "cos", "sin")),
+                        ("norms and residual", ("add", "mul", "_to_copy"))):
+        if "triton" in name and any(mark in name for mark in marks):
+            return part
+    return "not attributed"
+
+
+def milliseconds_by_part(events, sizes, steps):
+    """({part: ms a step}, {kernel that is not attributed: ms a step}) of a trace of so many steps."""
+    device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    launches = {e["args"]["correlation"]: (e["ts"], e["tid"]) for e in events
+                if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})}
+    calls = [e for e in events if e.get("cat") in ("cpu_op", "user_annotation") and "dur" in e]
+    around = enclosing(launches, calls)
+    parts, unknown = collections.Counter(), collections.Counter()
+    end = begin = min(e["ts"] for e in device)
+    for event in sorted(device, key=lambda e: e["ts"]):
+        part = part_of(event, around.get(event["args"].get("correlation"), []), sizes)
+        parts[part] += event["dur"]
+        if part == "not attributed":
+            unknown[event["name"]] += event["dur"]
+        parts["host gaps"] += max(0, event["ts"] - end)
+        end = max(end, event["ts"] + event["dur"])
+    return ({part: parts[part] / 1000 / steps for part in PARTS} | {"step": (end - begin) / 1000 / steps},
+            {name: us / 1000 / steps for name, us in unknown.most_common(8)})
+
+
+def ceilings():
+    """(FLOP/s of a large bf16 product, bytes/s of a large copy) of this GPU."""
+    import torch
+    from torch.utils.benchmark import Timer
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    x = torch.empty(2**30, device="cuda", dtype=torch.bfloat16)
+    product = Timer("a @ b", globals=dict(a=a, b=b)).blocked_autorange(min_run_time=1).median
+    copy = Timer("y.copy_(x)", globals=dict(x=x, y=torch.empty_like(x))).blocked_autorange(min_run_time=1).median
+    return 2 * 8192**3 / product, 4 * 2**30 / copy
+
+
+def floors(model, config, run, flops_rate, byte_rate):
+    """{part: ms} below which no step in bf16 comes: its products, attention causal, at the rate of a large one; or what it
+    must move at least, at the rate of a copy."""
+    tokens, width, parameters = run.tokens_per_step, config.n_embd, model.parameter_count()
+    flops = model.flops_by_part(run.sequence_length)
+    core = sum(block.attn.flops(run.sequence_length) for block in model.transformer.h)
+    micro_steps = run.grad_accumulation_steps
+    moved = {
+        "embedding": tokens * width * (4 + 2 + 2 + 4),  # rows read, stream written; its gradient read, rows written
+        # Forward x and what is added read, x and its norm written; backward the norm's x and gradient and the stream's.
+        "norms and residual": (2 * config.n_layer + 1) * tokens * width * 2 * (4 + 4),
+        "gradients": (micro_steps - 1) * parameters * 12,
+        "optimizer": parameters * (28 + 4 + 8),  # AdamW's; the gradient's norm and its scaling
+        "data": tokens * 16,
+    }
+    products = {"attention": flops["attention"] - core / 2, "mlp": flops["mlp"], "head and loss": flops["head"]}
+    ms = {part: 1000 * tokens * count / flops_rate for part, count in products.items()}
+    return ms | {part: 1000 * count / byte_rate for part, count in moved.items()}
+
+
+def profile(name, data):
+    """Run the script with --profile; one record."""
+    import torch
+
+    import train_gpt2_mod as script
+
+    flags = f"{PROFILES[name]} {COMMON} --num_iterations 15 --profile --val_loss_every 0 --no_save_checkpoints".split()
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, ROOT / "train_gpt2_mod.py", *flags, *data, "--output_dir", logs]
+        subprocess.run(command, check=True)
+        events = read_trace(next(Path(logs).glob("*/rank0.pt.trace.json.gz")))
+    config, run, _ = script.resolve(script.parse_flags(flags), script.ANY_MACHINE)
+    with torch.device("meta"):
+        model = script.GPT(config)
+    hidden = {config.ffn_hidden, 2 * config.ffn_hidden}
+    parts, unknown = milliseconds_by_part(events, dict(mlp=hidden), script.PROFILED_STEPS)
+    flops_rate, byte_rate = ceilings()
+    return dict(flags=" ".join(flags), parts=parts, unknown=unknown, flops_rate=flops_rate, byte_rate=byte_rate,
+                floors=floors(model, config, run, flops_rate, byte_rate), gpu=torch.cuda.get_device_name(),
+                torch=torch.__version__)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def table(heads, rows):
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"] + [f"| {' | '.join(r)} |" for r in rows])
+
+
+def speeds(rows):
+    lines = []
+    for r in rows:
+        extra = [f"validation {r['val_tokens_per_second']:,.0f} tokens/s"] * bool(r["val_tokens_per_second"])
+        extra += [f"data {100 * r['data_share']:.2f}%"] * (r["data_share"] is not None)
+        lines.append([r["name"], f"`{r['line']}`", f"{r['step_ms']:.2f}", f"{r['tokens_per_second']:,.0f}",
+                      f"{100 * r['mfu']:.1f}%", f"{r['peak_mem_MB']:,}", f"{r['first_step_s']:.1f}", f"{r['ratio']:.3f}",
+                      ", ".join(extra)])
+    return table(["experiment", "flags", "step ms", "tokens/s", "MFU", "MiB", "first step s", "ratio to its first line",
+                  ""], lines)
+
+
+def breakdown(row):
+    parts, step = row["parts"], row["parts"]["step"]
+    lines = [[part, f"{parts[part]:.2f}", f"{parts[part] / step:.1%}",
+              f"{row['floors'][part]:.2f}" if part in row["floors"] else "-"] for part in PARTS]
+    return f"`{row['flags']}`\n\n" + table(["part", "ms", "of the step", "floor ms"],
+                                           lines + [["step", f"{step:.2f}", "100%", "-"]])
+
+
+def planned(rows):
+    """The memory plan against what was measured."""
+    import torch
+
+    import train_gpt2_mod as script
+
+    lines = []
+    for r in rows:
+        config, run, _ = script.resolve(script.parse_flags(r["flags"].split()), script.ANY_MACHINE)
+        with torch.device("meta"):
+            mib = sum(script.memory_plan(config, run, script.GPT(config)).values()) / 2**20
+        lines.append([f"`{r['line']}`", f"{mib:,.0f}", f"{r['peak_mem_MB']:,}", f"{mib / r['peak_mem_MB'] - 1:+.1%}"])
+    return table(["run", "planned MiB", "measured MiB", "difference"], lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
+    parser.add_argument("--only", nargs="+", choices=[*EXPERIMENTS, *PROFILES], help="these alone")
+    parser.add_argument("--runs", type=int, default=2, help="of each [2]")
+    parser.add_argument("--input_bin", help="training shards of GPT-2's vocabulary")
+    parser.add_argument("--input_val_bin", help="validation shards")
+    args = parser.parse_args(argv)
+    if not args.table:
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
+        data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
+                for word in (f"--{name}", getattr(args, name))]
+        source = hashlib.sha256((ROOT / "train_gpt2_mod.py").read_bytes()).hexdigest()
+        for name in args.only or [*EXPERIMENTS, *PROFILES]:
+            done = [r for r in results() if r["name"] == name and r["gpu"] == torch.cuda.get_device_name()
+                    and r["script_sha256"] == source]
+            for number in range(len({r["number"] for r in done}), args.runs):
+                found = bench(name, data) if name in EXPERIMENTS else [profile(name, data)]
+                lines = EXPERIMENTS[name][1] if name in EXPERIMENTS else [PROFILES[name]]
+                append([dict(row, name=name, line=line, number=number, script_sha256=source)
+                        for line, row in zip(lines, found)])
+    for gpu in sorted({r["gpu"] for r in results()}):
+        rows = [r for r in results() if r["gpu"] == gpu]
+        fast = [r for r in rows if r["name"] in EXPERIMENTS]
+        print("\n\n".join([gpu, speeds(fast), planned(fast), *map(breakdown, (r for r in rows if "parts" in r))]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
