@@ -194,7 +194,8 @@ def training_commands():
 @pytest.mark.parametrize("words", training_commands())
 def test_the_training_commands_of_the_documents_resolve(words):
     config, run, _ = script.resolve(script.parse_flags(words), machine())
-    assert run.model in script.base_configs and config.n_layer == 12
+    typed = dict(zip(words, words[1:]))
+    assert run.model in script.base_configs and config.n_layer == int(typed.get("--n_layer", 12))
 
 
 def test_measuring_leaves_other_gpus_rows_alone(tmp_path, monkeypatch, capsys):

@@ -240,6 +240,15 @@ def try_doctor(copy, words, server):
         assert re.search(r"^ok +Python: ", run_words(copy, words).stdout, re.M)
 
 
+def try_bench(copy, words, server):
+    few = ["--warmup", "1", "--windows", "1", "--steps", "1"]
+    small = SMALL[2:] + ["--total_batch_size", "64"]
+    cut = words.index("--")
+    lines = [f"{words[i]} {' '.join(small[:6])}" for i in range(2, cut)]
+    result = run_words(copy, [*words[:2], *few, *lines, "--", *words[cut + 1 :], *small[6:]])
+    assert "tokens/s" in result.stdout and "ratio to 1" in result.stdout
+
+
 def try_mlp3x(copy, words, server):
     assert re.search(r"124,880,704", run_words(copy, words).stdout)
 
@@ -258,6 +267,7 @@ KINDS = (
     (r"python tools/hf\.py ", try_hf),
     (r"python tools/sample\.py( |$)", try_sample),
     (r"python tools/doctor\.py( |$)", try_doctor),
+    (r"python tools/bench\.py ", try_bench),
     (r"python docs/02-mlp-3x-optimization/test_mlp3x\.py$", try_mlp3x),
 )
 

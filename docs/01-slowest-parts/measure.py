@@ -5,15 +5,16 @@
     python docs/01-slowest-parts/measure.py --only under_40_gib profile_d12 --input_bin ... --input_val_bin ...
     python docs/01-slowest-parts/measure.py --table
 
-The first runs the EXPERIMENTS and PROFILES that results.jsonl does not hold --runs times for this GPU and this version
-of the script, a minute or two each on an H100, and appends what it finds; --only picks some by name. The shards have
-GPT-2's vocabulary. The last only prints.
+The first runs the EXPERIMENTS, PROFILES and CURVES that results.jsonl does not hold --runs times for this GPU and this
+version of the script, a minute or two each on an H100, and appends what it finds; --only picks some by name. The shards
+have GPT-2's vocabulary; CURVES needs git, for an earlier version of the script. The last only prints.
 """
 import argparse
 import collections
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ LONG = "--sequence_length 4096 --batch_size 16"
 
 # name -> (settings of tools/bench.py, the command lines that take turns)
 EXPERIMENTS = {
+    "cold": ("--windows 1", ["--model d12 --batch_size 64"]),  # with empty caches
     "under_40_gib": ("--memory_gib 40", ["--model d12 --batch_size 64"]),
     "under_40_gib_128": ("--memory_gib 40", ["--model d12 --batch_size 128"]),
     "under_20_gib": ("--memory_gib 20", ["--model d12 --batch_size 32"]),
@@ -50,8 +52,14 @@ EXPERIMENTS = {
 }
 PROFILES = {f"profile_{model}": f"--model {model} --batch_size {size}"
             for model, size in (("d12", 64), ("d12_mlp3x", 64), ("d24", 16))}
+EARLIER = "4862f74"  # all logits at once, the stream in fp32
+CURVES = {"losses": "--model d12 --batch_size 16 --total_batch_size 16384 --sequence_length 1024 --num_iterations 200 "
+                    "--warmup_iters 20 --learning_rate 6e-4 --seed 1 --val_loss_every 0 --no_save_checkpoints"}
 PARTS = ("embedding", "norms and residual", "attention", "mlp", "head and loss", "gradients", "optimizer", "data",
          "communication", "not attributed", "host gaps")
+
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm")
 
 
 def results():
@@ -70,8 +78,8 @@ def bench(name, data):
         found = Path(folder) / "found.jsonl"
         command = [sys.executable, ROOT / "tools/bench.py", *settings.split(), "--json", found]
         command += [*lines, "--", *COMMON.split(), *data]
-        # An empty cache: the first step of the first command line is a cold one.
-        subprocess.run(command, check=True)
+        caches = dict(TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=folder) if name == "cold" else {}
+        subprocess.run(command, check=True, env={**os.environ, **caches})
         return [json.loads(line) for line in found.read_text().splitlines()]
 
 
@@ -84,7 +92,7 @@ def read_trace(path):
 
 
 def enclosing(launches, calls):
-    """For each launch (time, thread) the calls [(begin, end, event)] of its thread that are around it, outermost first."""
+    """For each launch {key: (time, thread)} the calls of its thread that are around it, outermost first."""
     threads = collections.defaultdict(list)
     for event in calls:
         threads[event["tid"]].append((event["ts"], 1, event))
@@ -116,8 +124,7 @@ def part_of(kernel, calls, sizes):
         return "head and loss"
     if any(word in name for word in ("cudnn", "flash", "fmha", "flex_attention")) or "attention" in words:
         return "attention"
-    product = next((event for event in reversed(calls) if event["name"] in ("aten::mm", "aten::addmm", "aten::bmm",
-                                                                            "aten::_scaled_mm")), None)
+    product = next((event for event in reversed(calls) if event["name"] in PRODUCTS), None)
     if product:
         shapes = [size for shape in product["args"].get("Input Dims", []) for size in shape if isinstance(size, int)]
         return "mlp" if any(size in sizes["mlp"] for size in shapes) else "attention"
@@ -165,8 +172,8 @@ def ceilings():
 
 
 def floors(model, config, run, flops_rate, byte_rate):
-    """{part: ms} below which no step in bf16 comes: its products, attention causal, at the rate of a large one; or what it
-    must move at least, at the rate of a copy."""
+    """{part: ms} below which no step in bf16 comes: its products, attention causal, at the rate of a large one; or what
+    it must move at least, at the rate of a copy."""
     tokens, width, parameters = run.tokens_per_step, config.n_embd, model.parameter_count()
     flops = model.flops_by_part(run.sequence_length)
     core = sum(block.attn.flops(run.sequence_length) for block in model.transformer.h)
@@ -206,6 +213,26 @@ def profile(name, data):
                 torch=torch.__version__)
 
 
+def curves(name, data):
+    """The losses of an earlier version of the script and of this one, in bf16 and fp32; one record."""
+    import torch
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        earlier = Path(folder) / "earlier.py"
+        earlier.write_bytes(subprocess.run(["git", "-C", ROOT, "show", f"{EARLIER}:train_gpt2_mod.py"], check=True,
+                                           capture_output=True).stdout)
+        for version, path in (("earlier", earlier), ("now", ROOT / "train_gpt2_mod.py")):
+            for precision in ("bf16", "fp32"):
+                logs = Path(folder) / f"{version}_{precision}"
+                command = [sys.executable, path, *CURVES[name].split(), "--precision", precision, *data, "--output_dir"]
+                subprocess.run([*command, logs], check=True)
+                lines = next(logs.glob("*/metrics.jsonl")).read_text().splitlines()
+                found[f"{version}_{precision}"] = [row["train_loss"] for row in map(json.loads, lines)
+                                                   if "train_loss" in row]
+    return dict(flags=CURVES[name], losses=found, gpu=torch.cuda.get_device_name(), torch=torch.__version__)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
 
@@ -217,11 +244,14 @@ def table(heads, rows):
 def speeds(rows):
     lines = []
     for r in rows:
-        extra = [f"validation {r['val_tokens_per_second']:,.0f} tokens/s"] * bool(r["val_tokens_per_second"])
-        extra += [f"data {100 * r['data_share']:.2f}%"] * (r["data_share"] is not None)
+        extra = []
+        if r["val_tokens_per_second"]:
+            extra.append(f"validation {r['val_tokens_per_second']:,.0f} tokens/s")
+        if r["data_share"] is not None:
+            extra.append(f"data {100 * r['data_share']:.2f}%")
         lines.append([r["name"], f"`{r['line']}`", f"{r['step_ms']:.2f}", f"{r['tokens_per_second']:,.0f}",
-                      f"{100 * r['mfu']:.1f}%", f"{r['peak_mem_MB']:,}", f"{r['first_step_s']:.1f}", f"{r['ratio']:.3f}",
-                      ", ".join(extra)])
+                      f"{100 * r['mfu']:.1f}%", f"{r['peak_mem_MB']:,}", f"{r['first_step_s']:.1f}",
+                      f"{r['ratio']:.3f}", ", ".join(extra)])
     return table(["experiment", "flags", "step ms", "tokens/s", "MFU", "MiB", "first step s", "ratio to its first line",
                   ""], lines)
 
@@ -230,8 +260,20 @@ def breakdown(row):
     parts, step = row["parts"], row["parts"]["step"]
     lines = [[part, f"{parts[part]:.2f}", f"{parts[part] / step:.1%}",
               f"{row['floors'][part]:.2f}" if part in row["floors"] else "-"] for part in PARTS]
-    return f"`{row['flags']}`\n\n" + table(["part", "ms", "of the step", "floor ms"],
-                                           lines + [["step", f"{step:.2f}", "100%", "-"]])
+    lines.append(["step", f"{step:.2f}", "100%", "-"])
+    return f"`{row['flags']}`\n\n" + table(["part", "ms", "of the step", "floor ms"], lines)
+
+
+def differences(row):
+    """How far two versions and two precisions are apart, over the steps."""
+    lines, losses = [], row["losses"]
+    for a, b in (("earlier_bf16", "now_bf16"), ("earlier_bf16", "earlier_fp32"), ("now_bf16", "now_fp32"),
+                 ("earlier_fp32", "now_fp32")):
+        apart = [abs(x - y) for x, y in zip(losses[a], losses[b], strict=True)]
+        lines.append([f"{a.replace('_', ', ')} and {b.replace('_', ', ')}", f"{max(apart):.1e}",
+                      f"{sum(apart) / len(apart):.1e}", f"{losses[a][-1]:.4f}", f"{losses[b][-1]:.4f}"])
+    return f"`{row['flags']}`\n\n" + table(["losses of", "largest difference", "mean", "last of the one",
+                                             "of the other"], lines)
 
 
 def planned(rows):
@@ -249,10 +291,17 @@ def planned(rows):
     return table(["run", "planned MiB", "measured MiB", "difference"], lines)
 
 
+def tables(rows):
+    """The Markdown tables of a GPU's rows."""
+    fast = [r for r in rows if r["name"] in EXPERIMENTS]
+    found = [speeds(fast), planned(fast)] if fast else []
+    return [*found, *(breakdown(r) for r in rows if "parts" in r), *(differences(r) for r in rows if "losses" in r)]
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
-    parser.add_argument("--only", nargs="+", choices=[*EXPERIMENTS, *PROFILES], help="these alone")
+    parser.add_argument("--only", nargs="+", choices=[*EXPERIMENTS, *PROFILES, *CURVES], help="these alone")
     parser.add_argument("--runs", type=int, default=2, help="of each [2]")
     parser.add_argument("--input_bin", help="training shards of GPT-2's vocabulary")
     parser.add_argument("--input_val_bin", help="validation shards")
@@ -265,18 +314,18 @@ def main(argv=None):
         data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
                 for word in (f"--{name}", getattr(args, name))]
         source = hashlib.sha256((ROOT / "train_gpt2_mod.py").read_bytes()).hexdigest()
-        for name in args.only or [*EXPERIMENTS, *PROFILES]:
-            done = [r for r in results() if r["name"] == name and r["gpu"] == torch.cuda.get_device_name()
-                    and r["script_sha256"] == source]
-            for number in range(len({r["number"] for r in done}), args.runs):
-                found = bench(name, data) if name in EXPERIMENTS else [profile(name, data)]
-                lines = EXPERIMENTS[name][1] if name in EXPERIMENTS else [PROFILES[name]]
-                append([dict(row, name=name, line=line, number=number, script_sha256=source)
-                        for line, row in zip(lines, found)])
+        for name in args.only or [*EXPERIMENTS, *PROFILES, *CURVES]:
+            done = {r["number"] for r in results() if (r["name"], r["gpu"], r["script_sha256"]) == (
+                name, torch.cuda.get_device_name(), source)}
+            for number in range(len(done), args.runs):
+                if name in EXPERIMENTS:
+                    found = zip(EXPERIMENTS[name][1], bench(name, data))
+                else:
+                    found = [("", profile(name, data) if name in PROFILES else curves(name, data))]
+                append([dict(row, name=name, line=line, number=number, script_sha256=source) for line, row in found])
     for gpu in sorted({r["gpu"] for r in results()}):
         rows = [r for r in results() if r["gpu"] == gpu]
-        fast = [r for r in rows if r["name"] in EXPERIMENTS]
-        print("\n\n".join([gpu, speeds(fast), planned(fast), *map(breakdown, (r for r in rows if "parts" in r))]) + "\n")
+        print("\n\n".join([f"{gpu}, torch {rows[-1]['torch']}", *tables(rows)]) + "\n")
 
 
 if __name__ == "__main__":
