@@ -1528,7 +1528,7 @@ class GPT(nn.Module):
         self.mtp_blocks = nn.ModuleDict({str(k): Block(config, config.n_layer) for k in own})
         # A buffer, not a number: a compiled graph reads its value at each call, so the ramp compiles nothing anew.
         self.register_buffer("mtp_weight_buffer", torch.tensor(config.mtp_weight), persistent=False)
-        self.loss_part = LOGITS_AT_ONCE, softmax_losses  # parallelize() may put a compiled one here
+        self.loss_parts = LOGITS_AT_ONCE, softmax_losses, Float8Product.scaled  # parallelize() may compile them
         self.start_weights()
 
     @torch.no_grad()
@@ -1579,7 +1579,7 @@ class GPT(nn.Module):
         """Sum over k of shares[k] times the mean cross-entropy in nats of head(x) against targets[k] (B, T)."""
         clamp = self.config.loss_clamp if self.training else 0.0
         settings = LossSettings(self.config.precision in FLOAT8_HEADS, clamp, self.config.logit_softcap,
-                                torch.is_grad_enabled(), *self.loss_part)
+                                torch.is_grad_enabled(), *self.loss_parts)
         targets = torch.stack([target.flatten() for target in targets])
         return HeadLoss.apply(x.flatten(0, 1).to(product_dtype(x)), self.lm_head.weight, targets, shares, settings)
 
@@ -1782,7 +1782,7 @@ class HeadProducts:
     """The three products of the head, logits = x @ weight.T of x (N, C) and weight (V, C), for some of the rows at a
     time. On CUDA zero rows make V a multiple of HEAD_ROWS_MULTIPLE: their logits must not count."""
 
-    def __init__(self, x, weight):
+    def __init__(self, x, weight, scaled=None):
         self.x = x
         self.weight = pad_to(weight.to(x.dtype), 1, HEAD_ROWS_MULTIPLE if x.is_cuda else 1)
 
@@ -1809,11 +1809,10 @@ class Float8HeadProducts(HeadProducts):
     """The same with logits and the gradient of x in float8, as in Float8Product. The weight's gradient stays in bf16:
     in float8 it needs a transposed copy of the logits' gradient, which costs what it gains."""
 
-    def __init__(self, x, weight):
+    def __init__(self, x, weight, scaled):
         self.x = pad_to(x, FLOAT8_MULTIPLE, FLOAT8_MULTIPLE).bfloat16()
-        weight = pad_to(weight, FLOAT8_MULTIPLE, HEAD_ROWS_MULTIPLE)
-        self.x8, self.x_scale = Float8Product.scaled(self.x, torch.float8_e4m3fn)
-        self.weight, self.scale = Float8Product.scaled(weight, torch.float8_e4m3fn)
+        self.x8, self.x_scale = scaled(self.x, torch.float8_e4m3fn)
+        self.weight, self.scale = scaled(pad_to(weight, FLOAT8_MULTIPLE, HEAD_ROWS_MULTIPLE), torch.float8_e4m3fn)
         self.turned, self.memory = self.weight.T.contiguous(), None
         self.gradient_scale = self.scale.new_full((), 1 / FLOAT8_GRADIENT_SCALE)
 
@@ -1838,6 +1837,7 @@ class LossSettings(NamedTuple):
     gradient: bool = True  # whether it is wanted
     logits_at_once: int = LOGITS_AT_ONCE
     softmax_losses: Any = softmax_losses  # or the fused one, compiled
+    scaled: Any = Float8Product.scaled  # or compiled
 
 
 def parts_of(rows, most):
@@ -1862,7 +1862,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def in_parts(ctx, x, weight, targets, shares, settings):
         (N, C), V, exact = x.shape, weight.size(0), torch.promote_types(x.dtype, torch.float32)
-        products = (Float8HeadProducts if settings.fp8 else HeadProducts)(x, weight)
+        products = (Float8HeadProducts if settings.fp8 else HeadProducts)(x, weight, settings.scaled)
         targets = F.pad(targets, (0, products.x.size(0) - N), value=IGNORED)
         shares = shares.to(exact) / (targets != IGNORED).sum(1)  # of one target
         scale = shares.abs().sum()  # left to backward(): a token's share of the mean is too small for fp16
@@ -2168,7 +2168,8 @@ def parallelize(model, run, world, log):
     elif wanted:
         model.trunk = torch.compile(model.trunk, dynamic=False, mode=run.compile_mode)
         at_once = COMPILED_LOGITS_AT_ONCE if world.device.type == "cuda" else LOGITS_AT_ONCE
-        model.loss_part = at_once, torch.compile(fused_softmax_losses, dynamic=False)
+        functions = (torch.compile(f, dynamic=False) for f in (fused_softmax_losses, Float8Product.scaled))
+        model.loss_parts = at_once, *functions
     if world.size == 1:
         return model
     with warnings.catch_warnings():
