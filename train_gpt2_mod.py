@@ -275,6 +275,8 @@ class GPTConfig:
         require(not (self.dropout and self.window), f"dropout={self.dropout} with window={self.window}: the windowed "
                 "kernel has no dropout; drop one of the two")
         require(0 < self.norm_eps < 1, f"norm_eps={self.norm_eps} must be above 0 and below 1; 1e-6 is usual")
+        cap = self.logit_softcap
+        require(cap == 0 or cap >= 1, f"logit_softcap={cap} must be 0 (none) or at least 1; 15 and 30 are usual")
         require(self.init_std < 1, f"init_std={self.init_std} must be below 1; 0.02 is usual")
         chance = math.log(self.vocab_size)
         require(self.loss_clamp == 0 or self.loss_clamp > chance, f"loss_clamp={self.loss_clamp} is not above the loss "
@@ -1885,6 +1887,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dloss):
+        if torch.is_grad_enabled():  # with create_graph
+            raise RuntimeError("the loss has no second derivative: its gradient was taken with it")
         dx, dweight, scale = ctx.saved_tensors
         return dx * (dloss * scale), dweight * (dloss * scale), None, None, None
 
@@ -1912,7 +1916,7 @@ class Plan(NamedTuple):
 
 def linear_schedule(step, run):
     """1, and over the last warmdown_iters steps linearly down to 0 where the run ends."""
-    left = run.num_iterations - step
+    left = max(0, run.num_iterations - step)  # a run may be resumed beyond its end, to validate
     return left / run.warmdown_iters if left < run.warmdown_iters else 1.0
 
 
@@ -2663,6 +2667,7 @@ class Meter:
         self.pending, self.requests, self.rollback, self.rolled_back = None, set(), False, 0
         self.count, self.total, self.first = 0, 0.0, []  # steps of this process, their seconds, those of the first few
         self.begin, self.others = time.perf_counter(), dict(validation=0.0, saving=0.0)  # seconds
+        self.profiling = False  # the steps that come are slower
         self.resume()
 
     def resume(self):
@@ -2689,7 +2694,15 @@ class Meter:
         """Counts the seconds of what is not a step."""
         begin = time.perf_counter()
         yield
-        self.others[what] += time.perf_counter() - begin
+        self.others[what] = self.others.get(what, 0.0) + time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def says_where_time_went(self):
+        """Logs it at the end, also of a run that is stopped."""
+        try:
+            yield
+        finally:
+            self.log.text(self.breakdown())
 
     def breakdown(self):
         """Where the seconds since the start of train() went, in one line."""
@@ -2710,10 +2723,13 @@ class Meter:
         self.requests.update(name for name, count in zip(self.REQUESTS, asked) if count)
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
-        self.count, self.total = self.count + 1, self.total + seconds
-        self.first += [seconds] if self.count <= TIMING_WARMUP_STEPS else []
+        if self.profiling:
+            self.others["profile"] += seconds
+        else:
+            self.count, self.total = self.count + 1, self.total + seconds
+            self.first += [seconds] if self.count <= TIMING_WARMUP_STEPS else []
         self.state.seconds += seconds
-        if self.count == 1:
+        if self.count == 1 and not self.profiling:
             self.log.text(f"first step done after {seconds:.1f} s, with what compiles and allocates")
         overflow = not math.isfinite(grad_norm)  # with a scaler only a step that lowers its scale
         skipped = not math.isfinite(loss) or (overflow and not self.state.numerics.scaler.is_enabled())
@@ -2784,7 +2800,7 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
     model = parallelize(state.model, run, world, log)
     meter.resume()
     saver = Saver(state, config, run, world, log, run_id, resumed_from)
-    with StopSignals() as signals, saver, profiler(state, run, world, log, run_id) as next_step:
+    with meter.says_where_time_went(), StopSignals() as signals, saver, profiler(meter) as next_step:
         while True:
             saver.look()
             validate = val_shards is not None and validation_due(state.step, run)
@@ -2818,26 +2834,47 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
                 world.empty_cache()
         with meter.other("saving"):
             saver.finish_last()
-    log.text(meter.breakdown())
 
 
 @contextlib.contextmanager
-def profiler(state, run, world, log, run_id):
-    """Gives what to call after each step. With --profile each process traces some steps, after its first ones."""
+def profiler(meter):
+    """Gives what to call after each step. With --profile each process traces some steps, after its first ones; neither
+    those nor starting and writing the trace count in the speeds that are logged."""
+    run, world, log = meter.run, meter.world, meter.log
     if not run.profile:
         yield lambda: None
         return
+    before = max(0, min(TIMING_WARMUP_STEPS, run.num_iterations - meter.state.step - 1 - PROFILED_STEPS))
+    begin, end, steps = before + 1, before + 1 + PROFILED_STEPS, 0
+    path = Path(run.output_dir) / meter.run_id / f"rank{world.rank}.pt.trace.json.gz"
 
     def write(trace):
-        path = Path(run.output_dir) / run_id / f"rank{world.rank}.pt.trace.json.gz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trace.export_chrome_trace(str(path))
-        log.text(f"profile: {path}, for https://ui.perfetto.dev or TensorBoard; these steps were slower")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(path))
+            log.text(f"profile: {path} has {min(steps, end) - begin} steps, for https://ui.perfetto.dev or TensorBoard")
+        except (OSError, RuntimeError) as e:
+            log.text(f"profile: {path} cannot be written ({first_line(e)}); training goes on without")
 
-    before = max(0, min(TIMING_WARMUP_STEPS, run.num_iterations - state.step - 1 - PROFILED_STEPS))
+    def next_step():
+        nonlocal steps
+        steps += 1
+        if steps in (before, begin, end):
+            meter.flush()
+            with meter.other("profile"):
+                trace.step()
+            meter.profiling = steps == begin
+            meter.resume()
+        elif steps < end:
+            trace.step()
+
     schedule = torch.profiler.schedule(wait=before, warmup=1, active=PROFILED_STEPS, repeat=1)
     with torch.profiler.profile(schedule=schedule, on_trace_ready=write, record_shapes=True) as trace:
-        yield trace.step
+        try:
+            yield next_step
+        finally:
+            if steps <= begin:
+                log.text("profile: the run ended before the steps to trace; there is no trace")
 
 
 def validation_due(step, run):
@@ -2939,8 +2976,10 @@ def memory_plan(config, run, model, world_size=1, training=True):
     rows = parts_of(tokens, COMPILED_LOGITS_AT_ONCE // config.vocab_size)[0]
     logits = (rows.stop - rows.start) * config.vocab_size * (half + (config.precision in FLOAT8_HEADS) * training)
     blocks, block = config.n_layer + len(model.mtp_blocks), tokens * kept_by_block(config)
-    matrix = model.lm_head.weight.numel() * (half + 4 * training)
-    head = logits + matrix + (1 + len(model.mtp_blocks)) * tokens * config.n_embd * half * (2 if training else 1)
+    matrix, heads = model.lm_head.weight.numel(), 1 + len(model.mtp_blocks)  # of each a gradient waits for backward()
+    streams = heads * tokens * config.n_embd * half * (2 if training else 1)
+    # Where the logits go, the gradient of the matrix comes once more, scaled.
+    head = max(logits, 4 * matrix * training) + streams + matrix * (half + 4 * heads * training)
     if not training:  # one block at a time, and nothing is kept for later
         return dict(weights=4 * parameters, gradients=0, optimizer=8 * parameters, activations=block, head=head)
     kept, casts = blocks * block, 0

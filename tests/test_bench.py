@@ -359,9 +359,10 @@ def test_a_loss_that_is_no_number_shows():
     order = dict(flags=[], sha256="", commit=None, warmup=1, steps=1, memory_gib=None, folder="")
     worker = bench.Worker("", **order)
     worker.facts = dict(tokens_per_step=8, peak_flops=None, flops_per_token=1, first_step_s=1.0)
-    worker.windows = [dict(ms=2.0, loss=float("nan"), peak=3)]
+    worker.windows = [dict(ms=2.0, loss=float("nan"), peak=3, infinite=2)]
     record = bench.figures(worker, None)
-    assert record["loss"] is None and bench.table([record]).endswith("not finite")
+    assert record["loss"] is None and record["infinite_gradients"] == 2
+    assert bench.table([record]).split()[-2:] == ["finite", "2"]
 
 
 def test_the_commit_is_told_only_of_a_file_that_is_as_committed(tmp_path):
@@ -414,7 +415,8 @@ def test_no_flag_is_both_the_tools_and_the_scripts():
     (["--", "--windows", "-1"], ["windows=-1"]), (["--windows", "x"], ["--windows", "--help"]),
     (["--memory_gib", "0"], ["memory_gib=0.0 must be above 0"]), (["--memory_gib", "nan"], ["memory_gib=nan"]),
     (["--script", "no/such.py"], ["script=no/such.py is no such file"]),
-    (["--json", "no/such/file"], ["json=no/such/file", "make it first"]),
+    (["--json", "no/such/file"], ["json=no/such/file", "name one"]), (["--json", "/"], ["json=/", "name one"]),
+    (["--profile"], ["--profile would be ignored", "drop it"]),
     (["--qk_norm --steps 4", "--"], ['"--qk_norm --steps 4"', "only --script stands in quotes"]),
     (['--model "d12', "--"], ["quotation"]),
     (["--model", "d12", "--"], ["d12 is no command line", "in quotes"]),

@@ -198,6 +198,9 @@ def test_the_plan_of_the_head_is_its_parts():
     head = plan_of("--model", "d12")[0]["head"]
     matrix, C, tokens = 50257 * 768, 768, 8 * 1024
     assert head == 2 * tokens * 50257 + (2 + 4) * matrix + 2 * 2 * tokens * C
+    own = plan_of("--model", "d12", "--mtp_enabled", "--mtp_heads", "separate", "--mtp_max_steps", 4)[0]["head"]
+    assert own == head + 3 * (4 * matrix + 2 * 2 * tokens * C)  # each head's gradients wait for the backward pass
+    assert plan_of("--model", "d12", "--batch_size", 1)[0]["head"] == (4 + 2 + 4) * matrix + 2 * 2 * 1024 * C
     tokens *= 16
     large = plan_of("--model", "d12", "--batch_size", 128)[0]["head"]
     assert large == 2 * 18736 * 50257 + (2 + 4) * matrix + 2 * 2 * tokens * C

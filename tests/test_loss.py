@@ -258,6 +258,18 @@ def test_every_variants_gradient_is_that_of_its_logits(float64, preset, changes)
             torch.testing.assert_close(ours, other, rtol=0, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("cap", [1e-300, 0.5, -5.0, math.inf])
+def test_a_softcap_that_learns_nothing_is_refused(cap):
+    with pytest.raises(script.ConfigError, match="logit_softcap"):
+        small_config(logit_softcap=cap)
+
+
+def test_a_second_derivative_is_refused():
+    x, weight, targets, shares = example(20, 8, 61, 1)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(head_loss(x, weight, targets, shares), x, create_graph=True)
+
+
 def test_the_softcap_bounds_the_logits(float64):
     model = script.GPT(small_config(logit_softcap=2.0))
     free = script.GPT(small_config())

@@ -50,7 +50,10 @@ def test_a_profile_is_a_trace_of_three_steps_and_changes_no_loss(trainer):
     plain = trainer.run("--num_iterations", 16)
     result = trainer.run("--num_iterations", 16, "--profile")
     path = result.folder / "rank0.pt.trace.json.gz"
-    assert f"\nprofile: {path}, for https://ui.perfetto.dev or TensorBoard; these steps were slower" in result.out
+    assert f"\nprofile: {path} has 3 steps, for https://ui.perfetto.dev or TensorBoard\n" in result.out
+    whole, parts, _ = breakdown(result.out)
+    assert list(parts)[-2:] == ["profile", "the rest"] and parts["profile"] > 0
+    assert sum(parts.values()) == pytest.approx(whole, abs=0.3)
     events = json.loads(gzip.open(path).read())["traceEvents"]
     names = [event.get("name") for event in events]
     assert sum(name.startswith("ProfilerStep#") for name in names if name) == script.PROFILED_STEPS
@@ -70,3 +73,53 @@ def test_a_profile_of_a_short_run_has_all_its_steps(trainer):
     refused = trainer.main(*trainer.flags(*few, 4))
     assert refused.code == 2
     assert refused.err.startswith("error: profile traces 3 steps after two others; num_iterations=4 must be at least 5")
+
+
+def test_a_profile_that_cannot_be_written_ends_nothing(trainer, monkeypatch):
+    plain = trainer.run("--num_iterations", 16)
+
+    def full(self, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script.torch.profiler.profile, "export_chrome_trace", full)
+    result = trainer.run("--num_iterations", 16, "--profile")
+    assert "rank0.pt.trace.json.gz cannot be written ([Errno 28] No space left on device); training goes on" in result.out
+    assert column(steps(result.folder), "train_loss") == column(steps(plain.folder), "train_loss")
+
+
+def test_steps_that_are_traced_count_in_no_speed(trainer, monkeypatch):
+    """The three are slowed down, and so is the writing."""
+    count, train_step = [0], script.train_step
+
+    def slowly(*args):
+        count[0] += 1
+        script.time.sleep(0.5 if 12 <= count[0] <= 14 else 0)
+        return train_step(*args)
+
+    monkeypatch.setattr(script, "train_step", slowly)
+    result = trainer.run("--num_iterations", 18, "--profile", "--val_loss_every", 0)
+    rows = steps(result.folder)
+    assert [row["step"] for row in rows if row["step_ms"] > 500] == [12, 13, 14]
+    assert max(row["step_avg_ms"] for row in rows[10:]) < 300
+    assert breakdown(result.out)[1]["profile"] >= 1.5
+
+
+def test_a_profile_that_is_cut_short_says_so(trainer, monkeypatch):
+    def stopped_at(number):
+        count, train_step = [0], script.train_step
+
+        def step(*args):
+            count[0] += 1
+            if count[0] == number:
+                script.os.kill(script.os.getpid(), script.signal.SIGTERM)
+                script.time.sleep(0.2)
+            return train_step(*args)
+
+        monkeypatch.setattr(script, "train_step", step)
+        result = trainer.main(*trainer.flags("--num_iterations", 20, "--profile", "--val_loss_every", 0))
+        monkeypatch.setattr(script, "train_step", train_step)
+        assert result.code == 75 and "\ntime: " in result.out  # also of a run that is stopped
+        return result.out
+
+    assert "\nprofile: the run ended before the steps to trace; there is no trace\n" in stopped_at(4)
+    assert "rank0.pt.trace.json.gz has 2 steps, for" in stopped_at(12)

@@ -34,6 +34,12 @@ def test_the_learning_rate_warms_up_stays_and_warms_down(warmup, warmdown):
     assert all(0 < rate <= 3.0 for rate in rates) and max(rates) == 3.0
 
 
+def test_beyond_its_end_the_schedule_stays():
+    for warmdown, last in ((0, 1.0), (5, 0.0)):
+        run = small_run(num_iterations=20, warmdown_iters=warmdown, learning_rate=1.0)
+        assert [script.plan(step, small_config(), run).lr for step in (20, 21, 30)] == [last] * 3
+
+
 def test_the_ends_of_the_schedule():
     run = small_run(num_iterations=100, warmup_iters=10, warmdown_iters=20, learning_rate=1.0)
     at = {step: script.plan(step, small_config(), run).lr for step in (0, 8, 9, 10, 79, 80, 81, 98, 99)}

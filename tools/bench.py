@@ -81,8 +81,9 @@ class Run:
     def __init__(self, order, stack):
         self.order, self.stack, self.script = order, stack, load_script(order.script)
         self.typed = self.script.parse_flags(order.flags)
-        refused = [f"--{name}" for name in ("resume", "init_from", "dry_run") if self.typed.get(name)]
-        require(not refused, f"{', '.join(refused)} would be ignored: what is measured begins anew; drop it")
+        refused = [f"--{name}" for name in ("resume", "init_from", "dry_run", "profile") if self.typed.get(name)]
+        require(not refused, f"{', '.join(refused)} would be ignored: what is measured begins anew, and no trace is "
+                "written; drop it")
         self.world = self.script.World(self.typed.get("device", self.script.TrainConfig.device))
         require(self.world.size == 1, "each command line is measured in one process; start bench.py without torchrun")
         stack.enter_context(self.world)
@@ -125,6 +126,7 @@ class Run:
         self.notes += notes
         log = types.SimpleNamespace(text=self.notes.append)
         self.model = script.parallelize(self.state.model, self.run, world, log)
+        self.infinite = 0
         first = self.train(1)
         self.train(self.order.warmup - 1)
         if self.order.data_share:
@@ -145,7 +147,8 @@ class Run:
         began = time.perf_counter()
         for _ in range(steps):
             row = self.script.plan(min(state.step, run.num_iterations - 1), self.config, run)  # the end is no end here
-            self.numbers, _ = self.script.train_step(self.model, state, row, run, self.world, (False, False, False))
+            self.numbers, norm = self.script.train_step(self.model, state, row, run, self.world, (False, False, False))
+            self.infinite = self.infinite + (~norm.isfinite()).int()  # counted where they are: nobody waits
             state.step += 1
             if run.empty_cache_every and state.step % run.empty_cache_every == 0:
                 self.world.empty_cache()
@@ -157,7 +160,7 @@ class Run:
         step_ms = 1000 * self.train(self.order.steps) / self.order.steps
         loss, peak = float(self.numbers[0]), self.world.peak_memory_mb()
         self.world.empty_cache()
-        return dict(ms=step_ms, loss=loss, peak=peak)
+        return dict(ms=step_ms, loss=loss, peak=peak, infinite=int(self.infinite))
 
     def resident(self):
         """A window with one batch that stays on the device."""
@@ -295,7 +298,8 @@ def figures(worker, first):
         **{name: worker.order[name] for name in ("warmup", "steps", "memory_gib")}, **facts,
         windows_ms=ms, step_ms=step_ms, tokens_per_second=rate,
         mfu=rate * facts["flops_per_token"] / peak_flops if peak_flops else None, peak_mem_MB=last["peak"],
-        loss=last["loss"] if math.isfinite(last["loss"]) else None, resident_ms=resident_ms,
+        loss=last["loss"] if math.isfinite(last["loss"]) else None, infinite_gradients=last["infinite"],
+        resident_ms=resident_ms,
         data_share=1 - resident_ms / step_ms if resident_ms else None,
     )
     record.setdefault("val_tokens_per_second", None)
@@ -316,6 +320,8 @@ def table(records):
             "peak MiB": f"{r['peak_mem_MB']:,}", "first step s": f"{r['first_step_s']:.1f}",
             "last loss": "not finite" if r["loss"] is None else f"{r['loss']:.4f}",
         }
+        if any(record["infinite_gradients"] for record in records):
+            cells["steps whose gradient is not finite"] = str(r["infinite_gradients"])
         if r["val_tokens_per_second"]:
             cells["validation tokens/s"] = f"{r['val_tokens_per_second']:,.0f}"
         if resident:
@@ -352,7 +358,10 @@ def read_arguments(argv):
     for name in ("warmup", "steps", "windows"):
         require(getattr(args, name) >= 1, f"{name}={getattr(args, name)} must be at least 1")
     require(args.memory_gib is None or 0 < args.memory_gib < math.inf, f"memory_gib={args.memory_gib} must be above 0")
-    require(Path(args.json or "x").absolute().parent.is_dir(), f"json={args.json} is in no folder; make it first")
+    if args.json is not None:
+        path = Path(args.json).absolute()
+        require(args.json and path.parent.is_dir() and not path.is_dir(), f"json={args.json} is no file in a folder "
+                "that is there; name one")
     lines = []
     for words in map(shlex.split, before or [""]) if cut < len(argv) else [before]:
         text = shlex.join(words + common) or "no flags"
