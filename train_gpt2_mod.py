@@ -1802,7 +1802,7 @@ class HeadProducts:
         if b.is_cuda and b.dtype != total.dtype:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # sums that no 16 bits ever hold
         elif b.dtype == total.dtype:
-            total.addmm_(a, b)
+            torch.addmm(total, a, b, out=total)
         else:
             total += a @ b
 
@@ -2295,11 +2295,12 @@ class TrainState:
 
 
 def is_like(value, like):
-    """Whether nested content has the keys, lengths and kinds of another, its tensors the shapes, and its
-    numbers finite and not negative. One floating dtype counts as another, which loading converts."""
+    """Whether nested content has the keys, lengths and kinds of another, its tensors the shapes and a place for each
+    element, and its numbers finite and not negative. One floating dtype counts as another, which loading converts."""
     if isinstance(like, torch.Tensor):
         return (isinstance(value, torch.Tensor) and (value.shape, value.layout) == (like.shape, like.layout)
-                and value.is_floating_point() == like.is_floating_point())
+                and value.is_floating_point() == like.is_floating_point()
+                and (value.layout != torch.strided or value.is_contiguous() or not like.is_contiguous()))
     if isinstance(like, dict):
         return isinstance(value, dict) and value.keys() == like.keys() and all(is_like(value[k], like[k]) for k in like)
     if isinstance(like, list):

@@ -181,7 +181,7 @@ def test_the_memory_plan_scales_as_memory_does():
     assert plan_of(steps=4)[0] == base
     alone = plan_of(steps=1)[0]  # whose gradients take the place of activations
     assert alone["gradients"] < base["gradients"] and {**alone, "gradients": base["gradients"]} == base
-    assert plan_of("--batch_size", 1, "--sequence_length", 16, steps=1)[0]["gradients"] > 0.6 * base["gradients"]
+    assert plan_of("--batch_size", 1, "--sequence_length", 16, steps=1)[0]["gradients"] > 0.3 * base["gradients"]
     parts = {p: plan_of("--precision", p)[0] for p in ("fp32", "bf16", "fp16", "fp8", "fp8_head")}
     assert parts["fp32"]["activations"] > parts["fp16"]["activations"] > base["activations"]  # fp16's stream is fp32
     assert base["activations"] == parts["fp8_head"]["activations"] > parts["fp8"]["activations"]

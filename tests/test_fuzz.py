@@ -584,6 +584,7 @@ def test_content(run):
     @example(changes=[(remove, ("optimizer", "state", 0, "exp_avg"))], way="resume")
     @example(changes=[(convert, ("optimizer", "state", 0, "exp_avg"), "less")], way="resume")
     @example(changes=[(convert, ("optimizer", "state", 0, "exp_avg_sq"), "sparse")], way="resume")
+    @example(changes=[(convert, ("optimizer", "state", 0, "exp_avg_sq"), "repeated")], way="resume")
     @example(changes=[(replace, ("optimizer", "state", 0, "step"), -1)], way="resume")
     @example(changes=[(replace, ("optimizer", "param_groups", 0, "betas"), {})], way="resume")
     @example(changes=[(remove, ("optimizer", "param_groups", 0, "weight_decay"))], way="resume")
