@@ -23,6 +23,7 @@ import fractions
 import gc
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -57,7 +58,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 GPT2_VOCAB_SIZE = 50257
 HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a number of heads
 HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matrix kernels like round shapes
-LOGITS_AT_ONCE, COMPILED_LOGITS_AT_ONCE = 2**25, 2**30  # numbers there are of them; the second on CUDA
+LOGITS_AT_ONCE, FUSED_LOGITS_AT_ONCE = 2**25, 2**30  # numbers there are of them; the second with one kernel
 FLOAT8_HEADS = ("fp8", "fp8_head")  # precisions
 FLOAT8_GRADIENT_SCALE = 2.0**15  # of gradients that are at most 1: the format ends at 1.75 times that
 WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 16 bytes; float8 kernels refuse others
@@ -1756,28 +1757,15 @@ def softmax_losses(logits, targets, weights, vocab_size, clamp, softcap, gradien
     return torch.where(counted, losses, torch.zeros_like(losses))
 
 
-def fused_softmax_losses(logits, targets, weights, vocab_size, clamp, softcap, gradient=None, gradient8=None):
-    """The same for torch.compile, which makes one kernel of it that reads the logits twice, the second time from the
-    GPU's cache. Hence rows of a round size, and neither gather nor scatter, but comparisons in each row."""
-    ids = torch.arange(logits.size(1), device=logits.device)
-    z = softcapped(logits.to(torch.promote_types(logits.dtype, torch.float32)), softcap)
-    z = torch.where(ids < vocab_size, z, -math.inf) if vocab_size < logits.size(1) else z
-    top = z.amax(-1, keepdim=True)
-    log_total = top + (z - top).exp().sum(-1, keepdim=True).log()
-    hits, counted = [ids == target[:, None] for target in targets], targets != IGNORED
-    losses = log_total.T - torch.stack([torch.where(hit, z, 0.0).sum(-1) for hit in hits])
-    if gradient is not None:
-        below = losses < clamp if clamp else torch.ones_like(counted)
-        each = weights[:, None] * (counted & below)
-        dz = (z - log_total).exp() * each.sum(0)[:, None]
-        for hit, weight in zip(hits, each):
-            dz = torch.where(hit, dz - weight[:, None], dz)
-        dz = torch.where(ids < vocab_size, dz * (1 - (z / softcap).square()), 0.0) if softcap else dz
-        gradient.copy_(dz)
-        if gradient8 is not None:
-            gradient8.copy_(FLOAT8_GRADIENT_SCALE * dz)
-    losses = losses.clamp(max=clamp) if clamp else losses
-    return torch.where(counted, losses, torch.zeros_like(losses))
+def fused_softmax_losses():
+    """The same in one kernel, for CUDA: that of the module beside this script. Raises ImportError."""
+    path = Path(__file__).with_name("fused_softmax.py")
+    if not path.exists():
+        raise ImportError(f"there is no {path.name} beside {Path(__file__).name}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return partial(module.softmax_losses, ignored=IGNORED, scale8=FLOAT8_GRADIENT_SCALE)
 
 
 class HeadProducts:
@@ -1838,7 +1826,7 @@ class LossSettings(NamedTuple):
     softcap: float = 0.0
     gradient: bool = True  # whether it is wanted
     logits_at_once: int = LOGITS_AT_ONCE
-    softmax_losses: Any = softmax_losses  # or the fused one, compiled
+    softmax_losses: Any = softmax_losses  # or the fused one
     scaled: Any = Float8Product.scaled  # or compiled
 
 
@@ -2171,9 +2159,13 @@ def parallelize(model, run, world, log):
         log.text(f"torch.compile does not work here, training goes on uncompiled and slower: {reason}")
     elif wanted:
         model.trunk = torch.compile(model.trunk, dynamic=False, mode=run.compile_mode)
-        at_once = COMPILED_LOGITS_AT_ONCE if world.device.type == "cuda" else LOGITS_AT_ONCE
-        functions = (torch.compile(f, dynamic=False) for f in (fused_softmax_losses, Float8Product.scaled))
-        model.loss_parts = at_once, *functions
+        scaled = torch.compile(Float8Product.scaled, dynamic=False)
+        model.loss_parts = LOGITS_AT_ONCE, softmax_losses, scaled
+        if world.device.type == "cuda":
+            try:
+                model.loss_parts = FUSED_LOGITS_AT_ONCE, fused_softmax_losses(), scaled
+            except ImportError as e:
+                log.text(f"the loss takes several kernels, and more time: {e}")
     if world.size == 1:
         return model
     with warnings.catch_warnings():
@@ -2214,8 +2206,11 @@ def attention_kernel(config, run, world):
     """(function that makes a context in which full attention runs on the kernel asked for, note on which one that is).
     The kernel that torch chooses depends on types and sizes, so it is asked with this run's."""
     context = contextlib.nullcontext if run.attention == "auto" else partial(force_attention, run.attention)
-    windowed = config.window and config.window < run.sequence_length
-    if windowed or world.device.type not in ("cuda", "cpu"):  # others have one kernel
+    if 0 < config.window < run.sequence_length:
+        flex = world.device.type == "cuda" and run.compile is not False
+        why = "flex, which skips the blocks outside" if flex else "torch's for a dense mask, which skips nothing"
+        return context, f"attention kernel for a window of {config.window} tokens: {why}"
+    if world.device.type not in ("cuda", "cpu"):  # others have one kernel
         return context, None
     dtype = Numerics(config.precision, world.device).dtype
     width = config.head_dim + (config.rotary_dim if config.mixer == "latent" else 0)
@@ -2801,7 +2796,8 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
     model = parallelize(state.model, run, world, log)
     meter.resume()
     saver = Saver(state, config, run, world, log, run_id, resumed_from)
-    with meter.says_where_time_went(), StopSignals() as signals, saver, profiler(meter) as next_step:
+    with (meter.says_where_time_went(), StopSignals() as signals, saver, frozen_garbage(),
+          profiler(meter) as next_step):
         while True:
             saver.look()
             validate = val_shards is not None and validation_due(state.step, run)
@@ -2835,6 +2831,16 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
                 world.empty_cache()
         with meter.other("saving"):
             saver.finish_last()
+
+
+@contextlib.contextmanager
+def frozen_garbage():
+    """Inside, Python's garbage collector passes over all that was there before: libraries and model, many objects."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -2974,7 +2980,7 @@ def memory_plan(config, run, model, world_size=1, training=True):
     matrix itself in the type of products. Gradients of a single micro-batch come as activations go."""
     parameters, tokens = model.parameter_count(), run.batch_size * run.sequence_length
     half, stream = 4 if config.precision == "fp32" else 2, 4 if config.precision in ("fp32", "fp16") else 2
-    rows = parts_of(tokens, COMPILED_LOGITS_AT_ONCE // config.vocab_size)[0]
+    rows = parts_of(tokens, FUSED_LOGITS_AT_ONCE // config.vocab_size)[0]
     logits = (rows.stop - rows.start) * config.vocab_size * (half + (config.precision in FLOAT8_HEADS) * training)
     blocks, block = config.n_layer + len(model.mtp_blocks), tokens * kept_by_block(config)
     matrix, heads = model.lm_head.weight.numel(), 1 + len(model.mtp_blocks)  # of each a gradient waits for backward()

@@ -1,4 +1,5 @@
 """Fixtures of all tests; imports find the script and the helpers whatever the working directory."""
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 torch.set_num_threads(1)  # the tests' matrices are small
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,6 @@ from helpers import batch_of, shrunk_preset, small_config
 import train_gpt2_mod as script
 
 
-BOTH = pytest.mark.parametrize("softmax_losses", [script.softmax_losses, script.fused_softmax_losses])
-
-
 def head_loss(x, weight, targets, shares, **settings):
     return script.HeadLoss.apply(x, weight, targets, shares, script.LossSettings(**settings))
 
@@ -50,11 +47,9 @@ def gradients_of(loss, x, weight):
 @pytest.mark.parametrize("N, C, V", [(1, 8, 2), (77, 24, 61), (100, 16, 300), (64, 7, 128)])
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("numbers", [1, 2000, 10**6])
-@BOTH
-def test_loss_and_gradients_are_those_of_all_logits(softmax_losses, numbers, K, N, C, V, clamp, softcap):
+def test_loss_and_gradients_are_those_of_all_logits(numbers, K, N, C, V, clamp, softcap):
     x, weight, targets, shares = example(N, C, V, K, ignored=0.3 if N > 1 else 0)
-    found = head_loss(x, weight, targets, shares, clamp=clamp, softcap=softcap, logits_at_once=numbers,
-                      softmax_losses=softmax_losses)
+    found = head_loss(x, weight, targets, shares, clamp=clamp, softcap=softcap, logits_at_once=numbers)
     expected = whole(x, weight, targets, shares, clamp, softcap)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     for ours, theirs in zip(gradients_of(found, x, weight), gradients_of(expected, x, weight)):
@@ -67,13 +62,12 @@ def test_gradients_are_those_of_finite_differences():
         lambda x, weight: head_loss(x, weight, targets, shares, softcap=3.0, logits_at_once=16 * 11), (x, weight))
 
 
-@BOTH
-def test_a_token_at_the_clamp_has_no_gradient(softmax_losses):
+def test_a_token_at_the_clamp_has_no_gradient():
     logits = 4 * torch.randn(21, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     targets = torch.randint(0, 11, (1, 21), generator=torch.Generator().manual_seed(2))
     targets[0, 2:5] = targets[0, 20] = script.IGNORED
     gradient = torch.full_like(logits, math.nan)
-    losses = softmax_losses(logits, targets, torch.tensor([0.5], dtype=torch.float64), 11, 3.0, 0.0, gradient)
+    losses = script.softmax_losses(logits, targets, torch.tensor([0.5], dtype=torch.float64), 11, 3.0, 0.0, gradient)
     capped = 0
     for row, target in enumerate(targets[0].tolist()):
         p = logits[row].softmax(-1)
@@ -100,8 +94,7 @@ def test_targets_that_are_all_ignored_have_no_mean():
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-@BOTH
-def test_rows_that_pad_the_head_are_neither_predicted_nor_trained(monkeypatch, softmax_losses, softcap):
+def test_rows_that_pad_the_head_are_neither_predicted_nor_trained(monkeypatch, softcap):
     """All true logits are below 0, which is what a row of zeros gives."""
     x, weight, targets, shares = example(50, 8, 61, 1)
     x, weight = x.abs().detach().requires_grad_(), (-weight.abs()).detach().requires_grad_()
@@ -112,8 +105,7 @@ def test_rows_that_pad_the_head_are_neither_predicted_nor_trained(monkeypatch, s
         return pad_to(z, columns, 128)
 
     monkeypatch.setattr(script, "pad_to", padded)
-    found = head_loss(x, weight, targets, shares, softcap=softcap, logits_at_once=61 * 16,
-                      softmax_losses=softmax_losses)
+    found = head_loss(x, weight, targets, shares, softcap=softcap, logits_at_once=61 * 16)
     assert shapes == [(128, 8)]
     expected = whole(x, weight, targets, shares, softcap=softcap)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
@@ -179,36 +171,18 @@ def test_gradients_in_few_bits_are_as_near_as_the_bits(dtype, most):
 
 
 @pytest.mark.parametrize("N, C, V, K", [(64, 32, 128, 1), (75, 24, 61, 3)])
-@BOTH
-def test_float8_gradients_are_as_near_as_their_formats(softmax_losses, N, C, V, K):
+def test_float8_gradients_are_as_near_as_their_formats(N, C, V, K):
     """Independent errors, uniform in half a unit of the last place: e4m3 has 4 significant bits, e5m2 has 3."""
     x, weight, targets, shares = example(N, C, V, K, torch.float32)
     x, weight, shares = (0.5 * x).detach().requires_grad_(), (0.2 * weight).detach().requires_grad_(), 10 * shares
     exact = [z.detach().double().requires_grad_() for z in (x, weight)]
     expected = whole(*exact, targets, shares)
-    loss = head_loss(x, weight, targets, shares, fp8=True, logits_at_once=V * 32, softmax_losses=softmax_losses)
+    loss = head_loss(x, weight, targets, shares, fp8=True, logits_at_once=V * 32)
     assert loss.item() == pytest.approx(expected.item(), rel=5e-3) and loss.item() != expected.item()
     limit = math.sqrt((4**-3 + 4**-4 + 2 * 4**-4) / 3)  # the product's two operands, and the logits that made one
     for ours, theirs in zip(gradients_of(loss, x, weight), gradients_of(expected, *exact)):
         assert ours.dtype == torch.float32 and ours.shape == theirs.shape
         assert 1e-3 < error(ours, theirs) < limit
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("softcap, clamp, K", [(0.0, 0.0, 1), (15.0, 0.0, 1), (0.0, 4.0, 3)])
-def test_compiled_losses_and_gradients_are_the_plain_ones(softcap, clamp, K):
-    torch._dynamo.reset()
-    compiled = torch.compile(script.fused_softmax_losses, dynamic=False)
-    x, weight, targets, shares = example(96, 16, 300, K, torch.float32)
-    results = []
-    for function in (script.softmax_losses, compiled):
-        settings = dict(clamp=clamp, softcap=softcap, softmax_losses=function)
-        loss = head_loss(x, weight, targets, shares, **settings)
-        free = head_loss(x, weight, targets, shares, gradient=False, **settings)
-        results.append((loss, free, *gradients_of(loss, x, weight)))
-    for plain, fast in zip(*results):
-        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-6)
-    torch._dynamo.reset()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -291,9 +291,10 @@ def test_the_plain_attention_kernel_has_the_losses_of_the_others(trainer, networ
     assert lines[0] in next(math_.folder.glob("*.log")).read_text().splitlines()
 
 
-def test_a_window_has_its_own_kernel_and_the_log_names_none(trainer):
-    assert "attention kernel" not in trainer.run("--window", 8).out
-    assert "attention kernel" in trainer.run("--window", 32).out  # over the whole sequence it is full attention
+def test_a_window_has_its_own_kernel_and_the_log_says_why(trainer):
+    line = "attention kernel for a window of 8 tokens: torch's for a dense mask, which skips nothing"
+    assert line in trainer.run("--window", 8).out.splitlines()
+    assert "attention kernel: " in trainer.run("--window", 32).out  # over the whole sequence it is full attention
 
 
 def test_the_cap_is_in_the_training_loss_alone(trainer):

@@ -2,7 +2,7 @@
 """Measure the speed of a step, and where it goes; print README.md's tables.
 
     python docs/01-slowest-parts/measure.py --input_bin 'fineweb/train_*.bin' --input_val_bin 'fineweb/val_*.bin'
-    python docs/01-slowest-parts/measure.py --only under_40_gib profile_d12 --input_bin ... --input_val_bin ...
+    python docs/01-slowest-parts/measure.py --only table profile_d12 --input_bin ... --input_val_bin ...
     python docs/01-slowest-parts/measure.py --table
 
 The first runs the EXPERIMENTS, PROFILES and CURVES that results.jsonl does not hold --runs times for this GPU and this
@@ -26,26 +26,21 @@ RESULTS = HERE / "results.jsonl"
 sys.path.insert(0, str(ROOT))
 
 COMMON = "--sequence_length 1024 --total_batch_size 131072 --num_iterations 1000 --seed 1"
+WINDOWS = "--warmup 6 --windows 3 --steps 8"
 D12, PLAIN = "--model d12 --batch_size 64", "--model d12_post_norm_qk_norm --batch_size 64"  # the second without GQA
 LONG = "--sequence_length 4096 --batch_size 16"
 
 # name -> (settings of tools/bench.py, the command lines that take turns)
 EXPERIMENTS = {
-    "cold": ("--windows 1", ["--model d12 --batch_size 64"]),  # with empty caches
-    "under_40_gib": ("--memory_gib 40", ["--model d12 --batch_size 64"]),
-    "under_40_gib_128": ("--memory_gib 40", ["--model d12 --batch_size 128"]),
-    "under_20_gib": ("--memory_gib 20", ["--model d12 --batch_size 32"]),
-    "under_12_gib": ("--memory_gib 12", ["--model d12 --batch_size 16"]),
-    "card_of_24_gib": ("--memory_gib 22", ["--model d12 --batch_size 32 --total_batch_size 524288"]),
-    "fp8": ("", [D12, f"{D12} --precision fp8_head", f"{D12} --precision fp8"]),
-    "validation": ("--validation", ["--model d12 --batch_size 64 --val_tokens 10485760"]),
-    "data": ("--data_share", [D12]),
-    "mtp": ("", [D12, f"{D12} --mtp_enabled --mtp_max_steps 4"]),
-    "mlp3x": ("", [D12, "--model d12_mlp3x --batch_size 64"]),
-    "gqa": ("", [PLAIN, "--model d12_gqa --batch_size 64", "--model d12_mqa --batch_size 64"]),
-    "window": ("", [f"{PLAIN} {LONG}", f"{PLAIN} {LONG} --window 128"]),
-    "window_1024": ("", [PLAIN, "--model d12_window --batch_size 64"]),
-    "checkpointing": ("", [D12, f"{D12} --gradient_checkpointing"]),
+    "cold": ("--windows 1", [D12]),  # with empty caches
+    "table": ("", [D12, "--model d12 --batch_size 32", "--model d12 --batch_size 16", f"{D12} --precision fp8_head",
+                   f"{D12} --mtp_enabled --mtp_max_steps 4", "--model d12_mlp3x --batch_size 64"]),
+    "variants": ("", [PLAIN, "--model d12_gqa --batch_size 64", "--model d12_mqa --batch_size 64",
+                      "--model d12_window --batch_size 64", f"{PLAIN} {LONG}", f"{PLAIN} {LONG} --window 128",
+                      f"{D12} --gradient_checkpointing"]),
+    "validation": ("--validation --data_share", [f"{D12} --val_tokens 10485760"]),
+    "card_of_24_gib": ("--memory_gib 22 --windows 2", ["--model d12 --batch_size 32 --total_batch_size 524288"]),
+    "fp8": ("", [D12, f"{D12} --precision fp8"]),
     "attention": ("", [f"{D12} --attention {kernel}" for kernel in ("cudnn", "flash")]),
     "compile_mode": ("", [D12, f"{D12} --compile_mode reduce-overhead"]),
     "d24": ("", ["--model d24 --batch_size 16"]),
@@ -76,7 +71,7 @@ def bench(name, data):
     settings, lines = EXPERIMENTS[name]
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.jsonl"
-        command = [sys.executable, ROOT / "tools/bench.py", *settings.split(), "--json", found]
+        command = [sys.executable, ROOT / "tools/bench.py", *WINDOWS.split(), *settings.split(), "--json", found]
         command += [*lines, "--", *COMMON.split(), *data]
         caches = dict(TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=folder) if name == "cold" else {}
         subprocess.run(command, check=True, env={**os.environ, **caches})
@@ -128,8 +123,8 @@ def part_of(kernel, calls, sizes):
     if product:
         shapes = [size for shape in product["args"].get("Input Dims", []) for size in shape if isinstance(size, int)]
         return "mlp" if any(size in sizes["mlp"] for size in shapes) else "attention"
-    if "accumulategrad" in words or "zero_" in words:
-        return "gradients"
+    if "accumulategrad" in words or "zero_" in words or ("functor_add" in name and "triton" not in name):
+        return "gradients"  # also those of a weight that is used twice
     for part, marks in (("mlp", ("gelu", "silu", "relu")), ("embedding", ("embedding",)),
                         ("norms and residual", ("norm", "rsqrt", "pow", "mean")),
                         ("attention", ("cat", "split", "transpose", "neg", "cos", "sin")),
@@ -139,24 +134,27 @@ def part_of(kernel, calls, sizes):
     return "not attributed"
 
 
-def milliseconds_by_part(events, sizes, steps):
-    """({part: ms a step}, {kernel that is not attributed: ms a step}) of a trace of so many steps."""
+def milliseconds_by_part(events, sizes):
+    """({part: ms a step}, {kernel that is not attributed: ms a step}) of a trace, without its first step, in which the
+    profiler itself begins."""
     device = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     launches = {e["args"]["correlation"]: (e["ts"], e["tid"]) for e in events
                 if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})}
     calls = [e for e in events if e.get("cat") in ("cpu_op", "user_annotation") and "dur" in e]
     around = enclosing(launches, calls)
+    first, *later = sorted(e["ts"] for e in calls if e["name"].startswith("ProfilerStep#"))
+    counted = {key for key, (time, _) in launches.items() if time >= later[0]}
     parts, unknown = collections.Counter(), collections.Counter()
-    end = begin = min(e["ts"] for e in device)
-    for event in sorted(device, key=lambda e: e["ts"]):
-        part = part_of(event, around.get(event["args"].get("correlation"), []), sizes)
+    end = begin = max(e["ts"] + e["dur"] for e in device if e["args"]["correlation"] not in counted)
+    for event in sorted((e for e in device if e["args"]["correlation"] in counted), key=lambda e: e["ts"]):
+        part = part_of(event, around[event["args"]["correlation"]], sizes)
         parts[part] += event["dur"]
         if part == "not attributed":
             unknown[event["name"]] += event["dur"]
         parts["host gaps"] += max(0, event["ts"] - end)
         end = max(end, event["ts"] + event["dur"])
-    return ({part: parts[part] / 1000 / steps for part in PARTS} | {"step": (end - begin) / 1000 / steps},
-            {name: us / 1000 / steps for name, us in unknown.most_common(8)})
+    return ({part: parts[part] / 1000 / len(later) for part in PARTS} | {"step": (end - begin) / 1000 / len(later)},
+            {name: us / 1000 / len(later) for name, us in unknown.most_common(8)})
 
 
 def ceilings():
@@ -206,7 +204,7 @@ def profile(name, data):
     with torch.device("meta"):
         model = script.GPT(config)
     hidden = {config.ffn_hidden, 2 * config.ffn_hidden}
-    parts, unknown = milliseconds_by_part(events, dict(mlp=hidden), script.PROFILED_STEPS)
+    parts, unknown = milliseconds_by_part(events, dict(mlp=hidden))
     flops_rate, byte_rate = ceilings()
     return dict(flags=" ".join(flags), parts=parts, unknown=unknown, flops_rate=flops_rate, byte_rate=byte_rate,
                 floors=floors(model, config, run, flops_rate, byte_rate), gpu=torch.cuda.get_device_name(),
@@ -313,7 +311,8 @@ def main(argv=None):
             sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
         data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
                 for word in (f"--{name}", getattr(args, name))]
-        source = hashlib.sha256((ROOT / "train_gpt2_mod.py").read_bytes()).hexdigest()
+        files = ("train_gpt2_mod.py", "fused_softmax.py")
+        source = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
         for name in args.only or [*EXPERIMENTS, *PROFILES, *CURVES]:
             done = {r["number"] for r in results() if (r["name"], r["gpu"], r["script_sha256"]) == (
                 name, torch.cuda.get_device_name(), source)}
