@@ -54,6 +54,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+KERNEL = Path(__file__).with_name("fused_softmax.py")  # of the loss on CUDA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 GPT2_VOCAB_SIZE = 50257
 HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a number of heads
@@ -1201,6 +1202,11 @@ def set_aside(folder, step):
     return [f"set aside: {path} is now {path.name}.aside" for path in sorted(later)]
 
 
+def source():
+    """The text of this script, and of the kernel beside it."""
+    return "\n".join(path.read_text() for path in (Path(__file__), KERNEL) if path.exists())
+
+
 def open_log(world, config, run, run_id, notes, resumed_at, validated):
     """The log of this process. The first one's opens with the run's source, versions and command; that of a run resumed
     at a step (else None) goes on there, its validation of that step kept or not."""
@@ -1220,7 +1226,7 @@ def open_log(world, config, run, run_id, notes, resumed_at, validated):
         raise ConfigError(f"{folder} cannot be written ({e.strerror}); free some space, or name another "
                           "--output_dir") from e
     if resumed_at is None:
-        log.file.write(Path(__file__).read_text() + "\n" + "-" * 100 + "\n")
+        log.file.write(source() + "\n" + "-" * 100 + "\n")
     log.text(f"run {run_id}: {shlex.join(sys.argv)}")
     versions = f"python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     log.text(f"{versions}; {world.describe()}")
@@ -1531,7 +1537,7 @@ class GPT(nn.Module):
         self.mtp_blocks = nn.ModuleDict({str(k): Block(config, config.n_layer) for k in own})
         # A buffer, not a number: a compiled graph reads its value at each call, so the ramp compiles nothing anew.
         self.register_buffer("mtp_weight_buffer", torch.tensor(config.mtp_weight), persistent=False)
-        self.loss_parts = LOGITS_AT_ONCE, softmax_losses, Float8Product.scaled  # parallelize() may compile them
+        self.loss_parts = {}  # those of LossSettings that parallelize() exchanges
         self.start_weights()
 
     @torch.no_grad()
@@ -1582,7 +1588,7 @@ class GPT(nn.Module):
         """Sum over k of shares[k] times the mean cross-entropy in nats of head(x) against targets[k] (B, T)."""
         clamp = self.config.loss_clamp if self.training else 0.0
         settings = LossSettings(self.config.precision in FLOAT8_HEADS, clamp, self.config.logit_softcap,
-                                torch.is_grad_enabled(), *self.loss_parts)
+                                torch.is_grad_enabled(), **self.loss_parts)
         targets = torch.stack([target.flatten() for target in targets])
         return HeadLoss.apply(x.flatten(0, 1).to(product_dtype(x)), self.lm_head.weight, targets, shares, settings)
 
@@ -1657,9 +1663,9 @@ class Float8Product(torch.autograd.Function):
         return (x.float() * scale).clamp(-largest, largest).to(dtype).contiguous(), scale.reciprocal()
 
     @staticmethod
-    def product(a, a_scale, b, b_scale, out_dtype, fast=False):
+    def product(a, a_scale, b, b_scale, out_dtype, fast=False, **out):
         """a (M, K) @ b (N, K).T; both in rows, the one layout that Hopper's kernels take."""
-        return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=out_dtype, use_fast_accum=fast)
+        return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=out_dtype, use_fast_accum=fast, **out)
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -1759,10 +1765,9 @@ def softmax_losses(logits, targets, weights, vocab_size, clamp, softcap, gradien
 
 def fused_softmax_losses():
     """The same in one kernel, for CUDA: that of the module beside this script. Raises ImportError."""
-    path = Path(__file__).with_name("fused_softmax.py")
-    if not path.exists():
-        raise ImportError(f"there is no {path.name} beside {Path(__file__).name}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not KERNEL.exists():
+        raise ImportError(f"there is no {KERNEL.name} beside {Path(__file__).name}")
+    spec = importlib.util.spec_from_file_location(KERNEL.stem, KERNEL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return partial(module.softmax_losses, ignored=IGNORED, scale8=FLOAT8_GRADIENT_SCALE)
@@ -1782,8 +1787,8 @@ class HeadProducts:
     def memory8(self, logits):
         """Where the gradient of these logits is wanted in float8, if it is."""
 
-    def gradient_of_x(self, dlogits, dlogits8):
-        return dlogits @ self.weight
+    def gradient_of_x(self, dlogits, dlogits8, out):
+        torch.mm(dlogits, self.weight, out=out)
 
     def add_gradient_of_weight(self, rows, dlogits, total):
         a, b = dlogits.T, self.x[rows]
@@ -1814,8 +1819,13 @@ class Float8HeadProducts(HeadProducts):
             self.memory = torch.empty_like(logits, dtype=torch.float8_e5m2)
         return self.memory[: logits.size(0)]
 
-    def gradient_of_x(self, dlogits, dlogits8):
-        return Float8Product.product(dlogits8, self.gradient_scale, self.turned, self.scale, torch.bfloat16)
+    def gradient_of_x(self, dlogits, dlogits8, out):
+        Float8Product.product(dlogits8, self.gradient_scale, self.turned, self.scale, torch.bfloat16, out=out)
+
+
+def multiplied(factor, *tensors):
+    """The tensors times a factor, which 16 bits would round."""
+    return tuple((factor * z.to(factor.dtype)).to(z.dtype) for z in tensors)
 
 
 class LossSettings(NamedTuple):
@@ -1828,6 +1838,7 @@ class LossSettings(NamedTuple):
     logits_at_once: int = LOGITS_AT_ONCE
     softmax_losses: Any = softmax_losses  # or the fused one
     scaled: Any = Float8Product.scaled  # or compiled
+    multiplied: Any = multiplied  # or compiled
 
 
 def parts_of(rows, most):
@@ -1856,7 +1867,7 @@ class HeadLoss(torch.autograd.Function):
         targets = F.pad(targets, (0, products.x.size(0) - N), value=IGNORED)
         shares = shares.to(exact) / (targets != IGNORED).sum(1)  # of one target
         scale = shares.abs().sum()  # left to backward(): a token's share of the mean is too small for fp16
-        dx = x.new_empty(products.x.shape)
+        dx = torch.empty_like(products.x)
         dweight = torch.zeros(products.weight.shape, dtype=exact, device=x.device) if settings.gradient else None
         loss = torch.zeros_like(scale)
         for rows in parts_of(targets.size(1), settings.logits_at_once // V):
@@ -1866,11 +1877,12 @@ class HeadLoss(torch.autograd.Function):
                                              settings.softcap, *gradients)
             loss += (shares * losses.sum(1)).sum()
             if gradients:
-                dx[rows] = products.gradient_of_x(*gradients)
+                products.gradient_of_x(logits, gradients[1], out=dx[rows])
                 products.add_gradient_of_weight(rows, logits, dweight)
             del logits, gradients  # before the next part's are made
         if settings.gradient:
-            ctx.save_for_backward(dx[:N, :C], dweight[:V, :C], scale)
+            ctx.save_for_backward(dx[:N, :C].to(x.dtype), dweight[:V, :C], scale)
+            ctx.multiplied = settings.multiplied
         return loss
 
     @staticmethod
@@ -1878,7 +1890,7 @@ class HeadLoss(torch.autograd.Function):
         if torch.is_grad_enabled():  # with create_graph
             raise RuntimeError("the loss has no second derivative: its gradient was taken with it")
         dx, dweight, scale = ctx.saved_tensors
-        return dx * (dloss * scale), dweight * (dloss * scale), None, None, None
+        return *ctx.multiplied(dloss * scale, dx, dweight), None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2159,11 +2171,10 @@ def parallelize(model, run, world, log):
         log.text(f"torch.compile does not work here, training goes on uncompiled and slower: {reason}")
     elif wanted:
         model.trunk = torch.compile(model.trunk, dynamic=False, mode=run.compile_mode)
-        scaled = torch.compile(Float8Product.scaled, dynamic=False)
-        model.loss_parts = LOGITS_AT_ONCE, softmax_losses, scaled
+        model.loss_parts = {f.__name__: torch.compile(f, dynamic=False) for f in (Float8Product.scaled, multiplied)}
         if world.device.type == "cuda":
             try:
-                model.loss_parts = FUSED_LOGITS_AT_ONCE, fused_softmax_losses(), scaled
+                model.loss_parts.update(softmax_losses=fused_softmax_losses(), logits_at_once=FUSED_LOGITS_AT_ONCE)
             except ImportError as e:
                 log.text(f"the loss takes several kernels, and more time: {e}")
     if world.size == 1:
@@ -2382,9 +2393,8 @@ def checkpoints_of(folder):
 def environment(world):
     """What a resume must have in common with the run before it to be bitwise the same, beside the configuration."""
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.machine()
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     return dict(torch=str(torch.__version__), device=name, processes=world.size, threads=torch.get_num_threads(),
-                source=source)
+                source=hashlib.sha256(source().encode()).hexdigest())
 
 
 class Saver:

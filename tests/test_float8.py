@@ -26,12 +26,12 @@ def strict(monkeypatch):
     """The CPU takes what the GPU's kernel refuses; here it does not. Gives the shapes of the products done."""
     shapes, product = [], torch._scaled_mm
 
-    def scaled_mm(a, b, a_scale, b_scale, *, out_dtype, use_fast_accum):
+    def scaled_mm(a, b, a_scale, b_scale, *, out_dtype, use_fast_accum, **out):
         assert a.stride(1) == 1 and b.stride(0) == 1, "the first in rows, the second in columns"
         assert all(size % 16 == 0 and size > 0 for size in (*a.shape, *b.shape)), (a.shape, b.shape)
         assert {a.dtype, b.dtype} != {E5M2} and a_scale.dtype == b_scale.dtype == torch.float32
         shapes.append((*a.shape, b.size(1)))
-        return product(a, b, a_scale, b_scale, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
+        return product(a, b, a_scale, b_scale, out_dtype=out_dtype, use_fast_accum=use_fast_accum, **out)
 
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     return shapes

@@ -200,7 +200,7 @@ NETWORKS = [
 def test_every_variants_gradient_is_that_of_its_logits(float64, preset, changes):
     config = shrunk_preset(preset, **{"dropout": 0.0, **changes})
     model = script.GPT(config)
-    model.loss_parts = 61 * 16, script.softmax_losses, script.Float8Product.scaled
+    model.loss_parts = dict(logits_at_once=61 * 16)
     with torch.no_grad():
         model.lm_head.weight.mul_(8)  # so that softcap and clamp bite
     idx, targets = batch_of(config, B=4, T=12)

@@ -519,8 +519,9 @@ def test_the_folder_of_a_run(trainer, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         [f"{folder.name}.log", "config.json", "metrics.jsonl", "step000003.pt", "step000006.pt"])
     log = (folder / f"{folder.name}.log").read_text()
-    assert log.startswith(SCRIPT.read_text())
-    after = log[len(SCRIPT.read_text()):].splitlines()
+    source = SCRIPT.read_text() + "\n" + SCRIPT.with_name("fused_softmax.py").read_text()
+    assert log.startswith(source)
+    after = log[len(source):].splitlines()
     assert shlex.join(sys.argv) in "".join(after[:4])
     assert f"python {platform.python_version()}, torch {torch.__version__}" in "".join(after[:4])
     assert [sum(line.startswith(f"step:{step}/6 | loss ") for line in after) for step in range(1, 7)] == [1] * 6

@@ -135,7 +135,7 @@ def test_the_commands_resolve(monkeypatch, name):
         flags = [slowest.CURVES[name].split()]
     for words in flags:
         config, run, _ = script.resolve(script.parse_flags(words), script.ANY_MACHINE)
-        assert run.tokens_per_step == (16384 if name == "losses" else 524288 if name == "card_of_24_gib" else 131072)
+        assert run.tokens_per_step == (4096 if name == "losses" else 524288 if name == "card_of_24_gib" else 131072)
 
 
 def test_tables_of_results(monkeypatch, tmp_path, capsys):

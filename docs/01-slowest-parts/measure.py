@@ -48,7 +48,7 @@ EXPERIMENTS = {
 PROFILES = {f"profile_{model}": f"--model {model} --batch_size {size}"
             for model, size in (("d12", 64), ("d12_mlp3x", 64), ("d24", 16))}
 EARLIER = "4862f74"  # all logits at once, the stream in fp32
-CURVES = {"losses": "--model d12 --batch_size 16 --total_batch_size 16384 --sequence_length 1024 --num_iterations 200 "
+CURVES = {"losses": "--model d12 --batch_size 4 --total_batch_size 4096 --sequence_length 1024 --num_iterations 200 "
                     "--warmup_iters 20 --learning_rate 6e-4 --seed 1 --val_loss_every 0 --no_save_checkpoints"}
 PARTS = ("embedding", "norms and residual", "attention", "mlp", "head and loss", "gradients", "optimizer", "data",
          "communication", "not attributed", "host gaps")
@@ -290,7 +290,9 @@ def planned(rows):
 
 
 def tables(rows):
-    """The Markdown tables of a GPU's rows."""
+    """The Markdown tables of a GPU's rows, of each name those of its newest version."""
+    newest = {r["name"]: r["script_sha256"] for r in rows}
+    rows = [r for r in rows if r["script_sha256"] == newest[r["name"]]]
     fast = [r for r in rows if r["name"] in EXPERIMENTS]
     found = [speeds(fast), planned(fast)] if fast else []
     return [*found, *(breakdown(r) for r in rows if "parts" in r), *(differences(r) for r in rows if "losses" in r)]
