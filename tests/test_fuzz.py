@@ -134,7 +134,8 @@ def quick():
     """Without waiting for the disk, and without the collection of garbage at each run's end."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
-        patch.setattr(script, "gc", types.SimpleNamespace(collect=lambda: None))
+        nothing = {name: lambda: None for name in ("collect", "freeze", "unfreeze")}
+        patch.setattr(script, "gc", types.SimpleNamespace(**nothing))
         yield
 
 
