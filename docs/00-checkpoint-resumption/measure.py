@@ -23,7 +23,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = HERE / "results.jsonl"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
+import measuring  # noqa: E402
+from measuring import table  # noqa: E402
 
 D12 = "--model d12 --precision bf16 --batch_size 64 --total_batch_size 131072 --input_val_bin  --log_every 20"
 SMALL_D12 = D12.replace("--batch_size 64", "--batch_size 16")
@@ -58,7 +60,7 @@ def doctor():
 
 
 def results():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return measuring.read(RESULTS)
 
 
 def words(flags):
@@ -218,10 +220,6 @@ def alternate(flags):
     return script.main(flags)
 
 
-def table(heads, rows):
-    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"] + [f"| {' | '.join(r)} |" for r in rows])
-
-
 def tables(rows):
     """The Markdown tables: resumes, saves, the finite check."""
     by = {row["experiment"]: row for row in rows}
@@ -265,11 +263,9 @@ def main(argv=None):
     if not args.table:
         import torch
 
-        if not torch.cuda.is_available():
-            sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
+        gpu = measuring.gpu_name()
         if not args.input_bin:
             parser.error("--input_bin names the shards")
-        gpu = torch.cuda.get_device_name()
         done = {row["experiment"] for row in results() if row["gpu"] == gpu}
         for name, (kind, flags, settings) in EXPERIMENTS.items():
             if name not in done and args.only in (None, name) and (kind != "ranks" or torch.cuda.device_count() > 1):
@@ -279,10 +275,9 @@ def main(argv=None):
                     print(f"{name}: {e}", file=sys.stderr)  # the others can be measured all the same
                     continue
                 row = dict(experiment=name, flags=flags, **row, gpu=gpu, torch=torch.__version__)
-                with open(RESULTS, "a") as f:
-                    f.write(json.dumps(row) + "\n")
-    for gpu in sorted({row["gpu"] for row in results()}):
-        print(f"{gpu}\n\n{tables([row for row in results() if row['gpu'] == gpu])}\n")
+                measuring.append(RESULTS, row)
+    for gpu, rows in measuring.by_gpu(results()):
+        print(f"{gpu}\n\n{tables(rows)}\n")
     return 0
 
 

@@ -23,7 +23,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = HERE / "results.jsonl"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
+import measuring  # noqa: E402
+from measuring import table  # noqa: E402
 
 COMMON = "--sequence_length 1024 --total_batch_size 131072 --num_iterations 1000 --seed 1"
 WINDOWS = "--warmup 6 --windows 3 --steps 8"
@@ -58,12 +60,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm")
 
 
 def results():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def append(rows):
-    with open(RESULTS, "a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return measuring.read(RESULTS)
 
 
 def bench(name, data):
@@ -235,10 +232,6 @@ def curves(name, data):
 # Tables
 
 
-def table(heads, rows):
-    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"] + [f"| {' | '.join(r)} |" for r in rows])
-
-
 def speeds(rows):
     lines = []
     for r in rows:
@@ -307,25 +300,22 @@ def main(argv=None):
     parser.add_argument("--input_val_bin", help="validation shards")
     args = parser.parse_args(argv)
     if not args.table:
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
+        gpu = measuring.gpu_name()
         data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
                 for word in (f"--{name}", getattr(args, name))]
         files = ("train_gpt2_mod.py", "fused_softmax.py")
         source = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
         for name in args.only or [*EXPERIMENTS, *PROFILES, *CURVES]:
             done = {r["number"] for r in results() if (r["name"], r["gpu"], r["script_sha256"]) == (
-                name, torch.cuda.get_device_name(), source)}
+                name, gpu, source)}
             for number in range(len(done), args.runs):
                 if name in EXPERIMENTS:
                     found = zip(EXPERIMENTS[name][1], bench(name, data))
                 else:
                     found = [("", profile(name, data) if name in PROFILES else curves(name, data))]
-                append([dict(row, name=name, line=line, number=number, script_sha256=source) for line, row in found])
-    for gpu in sorted({r["gpu"] for r in results()}):
-        rows = [r for r in results() if r["gpu"] == gpu]
+                measuring.append(RESULTS, *(dict(row, name=name, line=line, number=number, script_sha256=source)
+                                            for line, row in found))
+    for gpu, rows in measuring.by_gpu(results()):
         print("\n\n".join([f"{gpu}, torch {rows[-1]['torch']}", *tables(rows)]) + "\n")
 
 

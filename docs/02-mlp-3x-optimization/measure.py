@@ -17,6 +17,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = HERE / "results.jsonl"
+sys.path.insert(0, str(HERE.parent))
+import measuring  # noqa: E402
+from measuring import gpu_name, table  # noqa: E402
+
 # The comparison first, at one learning rate and with two seeds; then what shows where that rate stands.
 RUNS = [(model, 6e-4, seed) for seed in (1, 2) for model in ("d12", "d12_mlp3x")]
 RUNS += [("d12", lr, 1) for lr in (3e-4, 1e-3, 2e-3, 4e-3)] + [("d12_mlp3x", 2e-3, 1)]
@@ -27,15 +31,7 @@ FLAGS = (
 
 
 def results():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
-def gpu_name():
-    import torch
-
-    if not torch.cuda.is_available():
-        sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
-    return torch.cuda.get_device_name()
+    return measuring.read(RESULTS)
 
 
 def measure(model, lr, seed, data):
@@ -61,19 +57,16 @@ def record(model, lr, seed, records, gpu, torch_version):
 def tables(rows):
     """The two Markdown tables: the comparison, and the losses by learning rate."""
     heads = ("model", "seed", "step, ms", "tokens/s", "MFU", "peak memory, MiB", "validation loss")
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     rows = sorted(rows, key=lambda r: (r["model"], r["learning_rate"], r["seed"]))
-    for r in rows:
-        if r["learning_rate"] == 6e-4:
-            lines.append(f"| `{r['model']}` | {r['seed']} | {r['step_avg_ms']:.1f} | {r['tokens_per_second']:,.0f} | "
-                         f"{100 * r['mfu']:.1f}% | {r['peak_mem_MB']:,} | {r['val_loss']:.4f} |")
-    rates = sorted({r["learning_rate"] for r in rows})
-    lines += ["", "| model | " + " | ".join(f"{lr:g}" for lr in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    compared = [[f"`{r['model']}`", str(r["seed"]), f"{r['step_avg_ms']:.1f}", f"{r['tokens_per_second']:,.0f}",
+                 f"{100 * r['mfu']:.1f}%", f"{r['peak_mem_MB']:,}", f"{r['val_loss']:.4f}"]
+                for r in rows if r["learning_rate"] == 6e-4]
+    rates, by_rate = sorted({r["learning_rate"] for r in rows}), []
     for model in sorted({r["model"] for r in rows}):
         mine = [r for r in rows if r["model"] == model]
-        cells = [[f"{r['val_loss']:.3f}" for r in mine if r["learning_rate"] == lr] for lr in rates]
-        lines.append(f"| `{model}` | " + " | ".join(", ".join(cell) or "-" for cell in cells) + " |")
-    return "\n".join(lines)
+        losses = [[f"{r['val_loss']:.3f}" for r in mine if r["learning_rate"] == lr] for lr in rates]
+        by_rate.append([f"`{model}`", *(", ".join(each) or "-" for each in losses)])
+    return table(heads, compared) + "\n\n" + table(["model", *(f"{lr:g}" for lr in rates)], by_rate)
 
 
 def main(argv=None):
@@ -89,11 +82,9 @@ def main(argv=None):
         done = {(r["model"], r["learning_rate"], r["seed"]) for r in results() if r["gpu"] == gpu}
         for run in RUNS:
             if run not in done:
-                row = measure(*run, data)
-                with open(RESULTS, "a") as f:
-                    f.write(json.dumps(row) + "\n")
-    for gpu in sorted({r["gpu"] for r in results()}):
-        print(f"{gpu}\n\n{tables([r for r in results() if r['gpu'] == gpu])}\n")
+                measuring.append(RESULTS, measure(*run, data))
+    for gpu, rows in measuring.by_gpu(results()):
+        print(f"{gpu}\n\n{tables(rows)}\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS, MEASURED = HERE / "results.jsonl", HERE.parent / "measured.json"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
+import measuring  # noqa: E402
+from measuring import table  # noqa: E402
 
 # Preset, and what the document says of it: parameters, tokens a second with fp8 (of another GPU).
 SIZES = {
@@ -44,7 +46,7 @@ GPT2_RUNS = [
 
 
 def results():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return measuring.read(RESULTS)
 
 
 def resolved(flags):
@@ -83,18 +85,13 @@ def write_measured():
     rows = [dict(r, folder=HERE.name) for r in results()]
     other = HERE.parent / "02-mlp-3x-optimization"
     flags = "--model {} --precision bf16 --batch_size 64"
-    for line in (other / "results.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in measuring.read(other / "results.jsonl"):
         if row["learning_rate"] == 6e-4 and row["seed"] == 1:
             flops = resolved(flags.format(row["model"]))[2].flops_per_token(1024)
             rows.append(dict(row, precision="bf16", flops_per_token=flops, batch_size=64, folder=other.name))
     names = ("gpu", "torch", "model", "precision", "batch_size", "flops_per_token", "tokens_per_second", "folder")
     lines = ",\n  ".join(json.dumps({name: row[name] for name in names}) for row in rows)
     MEASURED.write_text(f'{{"runs": [\n  {lines}\n]}}\n')
-
-
-def table(heads, rows):
-    return "\n".join([f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"] + [f"| {' | '.join(r)} |" for r in rows])
 
 
 def figures(row):
@@ -137,21 +134,16 @@ def main(argv=None):
     parser.add_argument("--gpt2_bin", help="training shards of GPT-2's vocabulary")
     args = parser.parse_args(argv)
     if not args.table:
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
+        gpu = measuring.gpu_name()
         runs = [(flags, args.input_bin) for flags in SIZED_RUNS] + [(flags, args.gpt2_bin) for flags in GPT2_RUNS]
         runs += [(flags, args.input_bin) for flags in WIDTH_RUNS]
-        done = {r["flags"] for r in results() if r["gpu"] == torch.cuda.get_device_name()}
+        done = {r["flags"] for r in results() if r["gpu"] == gpu}
         for flags, pattern in runs:
             if flags not in done and pattern:
-                row = measure(flags, pattern)
-                with open(RESULTS, "a") as f:
-                    f.write(json.dumps(row) + "\n")
+                measuring.append(RESULTS, measure(flags, pattern))
         write_measured()
-    for gpu in sorted({r["gpu"] for r in results()}):
-        print(f"{gpu}\n\n" + "\n\n".join(tables([r for r in results() if r["gpu"] == gpu])) + "\n")
+    for gpu, rows in measuring.by_gpu(results()):
+        print(f"{gpu}\n\n" + "\n\n".join(tables(rows)) + "\n")
 
 
 if __name__ == "__main__":
