@@ -1203,8 +1203,9 @@ def set_aside(folder, step):
 
 
 def source():
-    """The text of this script, and of the kernel beside it."""
-    return "\n".join(path.read_text() for path in (Path(__file__), KERNEL) if path.exists())
+    """The text of this script, and of the kernel beside it under a line with its name."""
+    kernel = f"\n{f' {KERNEL.name} ':-^100}\n{KERNEL.read_text()}" if KERNEL.exists() else ""
+    return Path(__file__).read_text() + kernel
 
 
 def open_log(world, config, run, run_id, notes, resumed_at, validated):
@@ -1763,14 +1764,17 @@ def softmax_losses(logits, targets, weights, vocab_size, clamp, softcap, gradien
     return torch.where(counted, losses, torch.zeros_like(losses))
 
 
-def fused_softmax_losses():
-    """The same in one kernel, for CUDA: that of the module beside this script. Raises ImportError."""
+def fused_softmax_losses(device):
+    """The same in one kernel, that of the module beside this script, tried on one row. Raises what goes wrong."""
     if not KERNEL.exists():
         raise ImportError(f"there is no {KERNEL.name} beside {Path(__file__).name}")
     spec = importlib.util.spec_from_file_location(KERNEL.stem, KERNEL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return partial(module.softmax_losses, ignored=IGNORED, scale8=FLOAT8_GRADIENT_SCALE)
+    losses = partial(module.softmax_losses, ignored=IGNORED, scale8=FLOAT8_GRADIENT_SCALE)
+    row = torch.zeros(1, FLOAT8_MULTIPLE, device=device)
+    losses(row, torch.zeros(1, 1, dtype=torch.long, device=device), torch.ones(1, device=device), 1, 0.0, 0.0, row)
+    return losses
 
 
 class HeadProducts:
@@ -2174,9 +2178,10 @@ def parallelize(model, run, world, log):
         model.loss_parts = {f.__name__: torch.compile(f, dynamic=False) for f in (Float8Product.scaled, multiplied)}
         if world.device.type == "cuda":
             try:
-                model.loss_parts.update(softmax_losses=fused_softmax_losses(), logits_at_once=FUSED_LOGITS_AT_ONCE)
-            except ImportError as e:
-                log.text(f"the loss takes several kernels, and more time: {e}")
+                fused = fused_softmax_losses(world.device)
+                model.loss_parts.update(softmax_losses=fused, logits_at_once=FUSED_LOGITS_AT_ONCE)
+            except Exception as e:  # as for torch.compile: what is wrong shows only now
+                log.text(f"the loss takes several kernels, and more time: {first_line(e)}")
     if world.size == 1:
         return model
     with warnings.catch_warnings():
@@ -2218,8 +2223,8 @@ def attention_kernel(config, run, world):
     The kernel that torch chooses depends on types and sizes, so it is asked with this run's."""
     context = contextlib.nullcontext if run.attention == "auto" else partial(force_attention, run.attention)
     if 0 < config.window < run.sequence_length:
-        flex = world.device.type == "cuda" and run.compile is not False
-        why = "flex, which skips the blocks outside" if flex else "torch's for a dense mask, which skips nothing"
+        flex = "flex, which skips the blocks outside; uncompiled, " * (world.device.type == "cuda")
+        why = f"{flex}torch's for a dense mask, which skips nothing"
         return context, f"attention kernel for a window of {config.window} tokens: {why}"
     if world.device.type not in ("cuda", "cpu"):  # others have one kernel
         return context, None
@@ -2623,7 +2628,7 @@ def differences(config, run, content, world):
     other = [f"{k}={v}, was {there.get(k)}" for k, v in here.items() if v != there.get(k) and k != "source"]
     notes += [f"differs from the checkpoint, so losses go on equal to rounding, not bitwise: {line}" for line in other]
     if here["source"] != there.get("source"):
-        notes.append("differs from the checkpoint: the script; the run's log has its source of then at its head")
+        notes.append("differs from the checkpoint: the script or its kernel; the run's log begins with those of then")
     return notes
 
 
@@ -2845,7 +2850,7 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
 
 @contextlib.contextmanager
 def frozen_garbage():
-    """Inside, Python's garbage collector passes over all that was there before: libraries and model, many objects."""
+    """Inside, Python's garbage collector passes over what was there before: the many objects of libraries and model."""
     gc.freeze()
     try:
         yield

@@ -378,6 +378,10 @@ def test_the_commit_is_told_only_of_a_file_that_is_as_committed(tmp_path):
     git("add", "a.py")
     git("commit", "--quiet", "-m", "one")
     assert bench.commit_of(path) == git("rev-parse", "HEAD").strip()
+    beside = path.with_name("beside.py")
+    assert bench.commit_of(path, beside) == bench.commit_of(path)
+    beside.write_text("x")
+    assert bench.commit_of(path, beside) is None
     path.write_text("2\n")
     assert bench.commit_of(path) is None
 

@@ -1,4 +1,5 @@
-"""The Triton kernel of the loss against the plain function: on a GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernel of the loss against the plain function: on a GPU where there is one, else in Triton's interpreter,
+which runs one thread at a time and so sees no missing barrier."""
 import math
 import sys
 
@@ -12,9 +13,10 @@ pytest.importorskip("triton")  # which PyPI has for Linux alone
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy warns of overflow and NaN
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = 11 if DEVICE == "cpu" else 3001  # several of each program, and a remainder
 CASES = [  # K, V, columns, clamp, softcap
     (1, 61, 64, 0.0, 0.0), (1, 300, 384, 0.0, 0.0), (3, 300, 304, 0.0, 0.0), (4, 61, 61, 0.0, 0.0), (1, 7, 7, 4.0, 0.0),
-    (3, 61, 64, 6.0, 3.0), (1, 300, 384, 0.0, 15.0),
+    (3, 61, 64, 6.0, 3.0), (1, 300, 384, 0.0, 15.0), (1, 61, 64, 0.0, 1e6),
     *([(1, 50257, 50304, 0.0, 0.0), (4, 50257, 50304, 0.0, 15.0)] if DEVICE == "cuda" else []),
 ]
 
@@ -22,13 +24,13 @@ CASES = [  # K, V, columns, clamp, softcap
 @pytest.fixture
 def softmax_losses(monkeypatch):
     """That of the module, with blocks that fit small rows."""
-    function = script.fused_softmax_losses()
+    function = script.fused_softmax_losses(torch.device(DEVICE))
     if DEVICE == "cpu":
         monkeypatch.setitem(function.func.__globals__, "BLOCK", 64)
     return function
 
 
-def logits_and_targets(K, V, columns, dtype, n=11):
+def logits_and_targets(K, V, columns, dtype, n=ROWS):
     """Rows with some targets IGNORED, some the same at several offsets, and one row whose logits are far from 0."""
     logits = 4 * torch.randn(n, columns)
     logits[2] += 150
@@ -63,9 +65,10 @@ def test_losses_and_gradients_are_the_plain_ones(softmax_losses, K, V, columns, 
 
 def test_a_program_takes_several_rows(softmax_losses):
     logits, targets, weights = logits_and_targets(1, 61, 64, torch.float32)
-    assert softmax_losses.func.__globals__["ROWS_AT_ONCE"] < len(logits)  # a CPU is one multiprocessor
+    known = softmax_losses.func.__globals__
+    assert 3 * known["ROWS_AT_ONCE"] * known["multiprocessors"](logits.device) < len(logits)
     losses = softmax_losses(logits.clone(), targets, weights, 61, 0.0, 0.0)
-    assert (losses[:, 4] == 0).all() and (losses != 0).sum() == 9
+    assert (losses[:, 4] == 0).all() and (losses != 0).sum() == len(logits) - 2
 
 
 @pytest.mark.parametrize("where", ["x", "weight"])
@@ -87,13 +90,12 @@ def test_the_head_with_it_is_the_head_without(softmax_losses, K, clamp, softcap)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_script_alone_trains_without_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "KERNEL", tmp_path / "fused_softmax.py")
-    with pytest.raises(ImportError, match="there is no fused_softmax.py beside train_gpt2_mod.py"):
-        script.fused_softmax_losses()
-
-
-def test_without_triton_it_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(ImportError, match="triton"):
-        script.fused_softmax_losses()
+def test_float8_products_take_its_gradient(softmax_losses):
+    x, weight, targets, shares = (z.detach().to(DEVICE) for z in example(64, 32, 128, 2, torch.float32))
+    x, weight = (z.bfloat16().requires_grad_() for z in (x, weight))
+    results = []
+    for function in (softmax_losses, script.softmax_losses):
+        loss = head_loss(x, weight, targets, shares, fp8=True, softmax_losses=function)
+        results.append((loss, *gradients_of(loss, x, weight)))
+    for ours, theirs in zip(*results):
+        assert (ours - theirs).float().norm() <= (0.25 if DEVICE == "cpu" else 0.01) * theirs.float().norm()

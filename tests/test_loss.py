@@ -1,6 +1,8 @@
 """The head's loss, done part by part with its gradient, against torch's cross_entropy on all logits at once."""
 import itertools
 import math
+import sys
+import types
 import weakref
 
 import pytest
@@ -300,3 +302,55 @@ def test_bf16_losses_stay_near_those_of_fp32():
         curves.append(losses)
     exact, low = curves
     assert exact[0] - exact[-1] > 1 and max(abs(a - b) for a, b in zip(exact, low)) < 0.02
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The kernel that may be missing
+
+
+def parallelized(monkeypatch, lines):
+    """loss_parts of a model that is made ready for CUDA, where there is none."""
+    monkeypatch.setattr(script, "why_no_compile", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    model = script.GPT(small_config())
+    world = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), size=1)
+    run = types.SimpleNamespace(compile=None, compile_mode="default")
+    script.parallelize(model, run, world, types.SimpleNamespace(text=lines.append))
+    return model.loss_parts
+
+
+def test_the_kernel_is_taken_on_cuda(monkeypatch):
+    lines, kernel = [], object()
+    monkeypatch.setattr(script, "fused_softmax_losses", lambda device: kernel)
+    parts = parallelized(monkeypatch, lines)
+    assert parts["softmax_losses"] is kernel and parts["logits_at_once"] == 2**30 and not lines
+
+
+def test_a_script_alone_trains_without_the_kernel(monkeypatch, tmp_path):
+    lines = []
+    monkeypatch.setattr(script, "KERNEL", tmp_path / "fused_softmax.py")
+    parts = parallelized(monkeypatch, lines)
+    assert "softmax_losses" not in parts and "logits_at_once" not in parts
+    assert lines == ["the loss takes several kernels, and more time: there is no fused_softmax.py beside "
+                     "train_gpt2_mod.py"]
+
+
+def test_without_triton_or_with_one_that_fails_training_goes_on(monkeypatch):
+    lines = []
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "softmax_losses" not in parallelized(monkeypatch, lines)
+
+    def broken(device):
+        raise RuntimeError("too many threads\nand a page more")
+
+    monkeypatch.setattr(script, "fused_softmax_losses", broken)
+    assert "softmax_losses" not in parallelized(monkeypatch, lines)
+    assert "triton" in lines[0] and lines[1].endswith("more time: too many threads")
+
+
+def test_what_a_gradient_is_multiplied_by_is_not_rounded_to_its_bits():
+    x = torch.randn(1000).bfloat16()
+    factor = torch.tensor(1 / 3)
+    assert factor.bfloat16() != factor
+    found, wide = script.multiplied(factor, x, x.float())
+    assert torch.equal(found, (x.double() / 3).bfloat16()) and torch.equal(wide, x.float() * factor)

@@ -148,11 +148,11 @@ def test_tables_of_results(monkeypatch, tmp_path, capsys):
     names = ("earlier_bf16", "now_bf16", "earlier_fp32", "now_fp32")
     losses = {name: [3.0, 2.0 + i / 100] for i, name in enumerate(names)}
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
-        fast, profile, dict(common, name="losses", line="", flags="--model d12", losses=losses))))
+        dict(fast, script_sha256="older", step_ms=999.0), fast, profile, dict(common, name="losses", line="", flags="--model d12", losses=losses))))
     monkeypatch.setattr(slowest, "RESULTS", tmp_path / "results.jsonl")
     slowest.main(["--table"])
     out = capsys.readouterr().out
-    assert out.startswith("A GPU, torch 2.11.0\n")
+    assert out.startswith("A GPU, torch 2.11.0\n") and "999" not in out  # what an older version took
     assert "| cold | `--model d12` | 250.00 | 524,288 | 45.0% | 20,000 | 30.0 | 1.000 | data 0.10% |" in out
     assert "| mlp | 1.00 | 9.1% | 0.50 |" in out and "| step | 11.00 | 100% | - |" in out
     assert "| earlier, bf16 and now, bf16 | 1.0e-02 | 5.0e-03 | 2.0000 | 2.0100 |" in out

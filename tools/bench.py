@@ -275,14 +275,15 @@ def measure(workers, args):
         worker.facts["val_tokens_per_second"] = worker.ask("validation")["tokens_per_second"]
 
 
-def commit_of(path):
-    """The commit that is checked out where a file lies, None where the file is not as it is there."""
+def commit_of(*paths):
+    """The commit that is checked out where files of a folder lie, None where one that is there is not as it is then."""
     def git(*words):
-        return subprocess.run(["git", "-C", path.parent, *words], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", "-C", paths[0].parent, *words], capture_output=True, text=True, check=True).stdout
 
+    names = [path.name for path in paths if path.exists()]
     try:
-        commit, committed = git("rev-parse", "HEAD", f"HEAD:./{path.name}").split()
-        return commit if git("hash-object", path.name).strip() == committed else None
+        commit, *committed = git("rev-parse", "HEAD", *(f"HEAD:./{name}" for name in names)).split()
+        return commit if git("hash-object", *names).split() == committed else None
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -383,7 +384,7 @@ def bench(argv):
         workers = []
         for i, (text, script, flags) in enumerate(lines):
             order = dict(vars(args), script=str(script), flags=flags, folder=os.path.join(folder, str(i)))
-            order.update(sha256=sha256_of(script), commit=commit_of(script))
+            order.update(sha256=sha256_of(script), commit=commit_of(script, script.with_name("fused_softmax.py")))
             workers.append(stack.enter_context(Worker(text, **order)))
         measure(workers, args)
     records = []

@@ -139,10 +139,11 @@ def milliseconds_by_part(events, sizes):
                 if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})}
     calls = [e for e in events if e.get("cat") in ("cpu_op", "user_annotation") and "dur" in e]
     around = enclosing(launches, calls)
-    first, *later = sorted(e["ts"] for e in calls if e["name"].startswith("ProfilerStep#"))
+    _, *later = sorted(e["ts"] for e in calls if e["name"].startswith("ProfilerStep#"))
     counted = {key for key, (time, _) in launches.items() if time >= later[0]}
+    of_first = launches.keys() - counted
     parts, unknown = collections.Counter(), collections.Counter()
-    end = begin = max(e["ts"] + e["dur"] for e in device if e["args"]["correlation"] not in counted)
+    end = begin = max(e["ts"] + e["dur"] for e in device if e["args"]["correlation"] in of_first)
     for event in sorted((e for e in device if e["args"]["correlation"] in counted), key=lambda e: e["ts"]):
         part = part_of(event, around[event["args"]["correlation"]], sizes)
         parts[part] += event["dur"]
