@@ -1,6 +1,7 @@
 """Schedule, optimizer, numerics, the training step, evaluation and the meter against slow references."""
 import contextlib
 import copy
+import gc
 import math
 import re
 from dataclasses import replace
@@ -607,3 +608,10 @@ def test_the_last_step_is_recorded_where_numbers_come_late(tmp_path, monkeypatch
     state = script.TrainState(model, script.make_optimizer(model, run, CPU), script.Numerics("fp32", CPU), loader)
     script.train(state, config, run, world, Log(), "x", None, None)
     assert Log.steps == [1, 2, 3] and state.step == 3
+
+
+def test_the_collector_of_garbage_passes_over_what_was_there_before(trainer, monkeypatch):
+    frozen, step = [], script.train_step
+    monkeypatch.setattr(script, "train_step", lambda *args: frozen.append(gc.get_freeze_count()) or step(*args))
+    trainer.run("--num_iterations", 2)
+    assert min(frozen) > 10_000 and gc.get_freeze_count() == 0
