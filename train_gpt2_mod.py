@@ -1849,7 +1849,7 @@ def parts_of(rows, most):
     """Slices that cut so many rows into equal parts, but for the last, of at most `most` (rounded up to 16)."""
     size = -(-rows // -(-rows // max(1, most)))
     size += -size % FLOAT8_MULTIPLE
-    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
+    return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -2995,7 +2995,7 @@ def memory_plan(config, run, model, world_size=1, training=True):
     matrix itself in the type of products. Gradients of a single micro-batch come as activations go."""
     parameters, tokens = model.parameter_count(), run.batch_size * run.sequence_length
     half, stream = 4 if config.precision == "fp32" else 2, 4 if config.precision in ("fp32", "fp16") else 2
-    rows = parts_of(tokens, FUSED_LOGITS_AT_ONCE // config.vocab_size)[0]
+    rows = next(parts_of(tokens, FUSED_LOGITS_AT_ONCE // config.vocab_size))
     logits = (rows.stop - rows.start) * config.vocab_size * (half + (config.precision in FLOAT8_HEADS) * training)
     blocks, block = config.n_layer + len(model.mtp_blocks), tokens * kept_by_block(config)
     matrix, heads = model.lm_head.weight.numel(), 1 + len(model.mtp_blocks)  # of each a gradient waits for backward()

@@ -832,6 +832,7 @@ def test_flags(run, tmp_path):
     @example(flags=[["--val-tokens=--"]], small=True)
     @example(flags=[["--embd_scale", "8/0"]], small=True)
     @example(flags=[["--input_bin=--"]], small=False)
+    @example(flags=[["--sequence_length", "1000000000000"]], small=False)
     def one(flags, small):
         run_script("flags", tmp_path, "--dry_run", *([*TINY, *data] if small else []), *itertools.chain(*flags))
 

@@ -121,7 +121,7 @@ def test_rows_that_pad_the_head_are_neither_predicted_nor_trained(monkeypatch, s
     (65536, 2**30 // 50257, [16384] * 4), (131072, 2**30 // 50257, [18736] * 6 + [18656]),
 ])
 def test_the_parts_are_equal_and_small(rows, most, sizes):
-    slices = script.parts_of(rows, most)
+    slices = list(script.parts_of(rows, most))
     assert [part.stop - part.start for part in slices] == sizes
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(rows))
 

@@ -613,5 +613,5 @@ def test_the_last_step_is_recorded_where_numbers_come_late(tmp_path, monkeypatch
 def test_the_collector_of_garbage_passes_over_what_was_there_before(trainer, monkeypatch):
     frozen, step = [], script.train_step
     monkeypatch.setattr(script, "train_step", lambda *args: frozen.append(gc.get_freeze_count()) or step(*args))
-    trainer.run("--num_iterations", 2)
+    trainer.run()
     assert min(frozen) > 10_000 and gc.get_freeze_count() == 0
