@@ -2725,8 +2725,9 @@ class Meter:
 
     @property
     def step_average(self):
-        """Mean seconds of a step without the first ones, which compile and allocate; of a short run, of its last."""
-        skipped = min(len(self.first), self.count - 1)
+        """Mean seconds of a step without the first ones, which compile and allocate; of a short run, of its second
+        half: what the host sees of a single step may be much shorter or longer than the step was."""
+        skipped = min(len(self.first), self.count // 2)
         return (self.total - sum(self.first[:skipped])) / (self.count - skipped)
 
     def report(self, step, tokens, read, row, cursor):

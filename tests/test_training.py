@@ -379,12 +379,15 @@ def submit(meter, loss=2.0, norm=0.5, asked=NOBODY, cursor=None):
 
 def test_the_average_step_leaves_the_first_ones_out(monkeypatch):
     skipped = script.TIMING_WARMUP_STEPS
-    seconds = [50.0] + [9.0] * (skipped - 1) + [0.25, 0.5, 0.75]
+    seconds = [50.0] + [9.0] * (skipped - 1) + [0.25, 0.5, 0.75] * 5
     meter, log, _ = metered(monkeypatch, seconds)
     averages = [record["step_avg_ms"] for record in log.records]
     assert averages[0] == pytest.approx(50_000)  # there is no other
     assert averages[1:skipped] == pytest.approx([9000.0] * (skipped - 1))
-    assert averages[skipped:] == pytest.approx([250, 375, 500]) and meter.step_average == pytest.approx(0.5)
+    halves = [seconds[count // 2 : count] for count in range(skipped + 1, 2 * skipped)]  # none rests on one step
+    assert averages[skipped : 2 * skipped - 1] == pytest.approx([1000 * sum(half) / len(half) for half in halves])
+    assert averages[2 * skipped - 1 :] == pytest.approx([
+        1000 * sum(seconds[skipped:count]) / (count - skipped) for count in range(2 * skipped, len(seconds) + 1)])
     assert [record["step_ms"] for record in log.records] == pytest.approx([1000 * s for s in seconds])
     assert meter.state.seconds == pytest.approx(sum(seconds))
     assert log.records[-1]["time"] == pytest.approx(1000 * sum(seconds))

@@ -263,9 +263,15 @@ def measure(workers, args):
         worker.facts.update(worker.reply())
     machines = dict.fromkeys(f"{worker.facts['gpu']}, torch {worker.facts['torch']}" for worker in workers)
     print(f"{'; '.join(machines)}: {args.windows} windows of {args.steps} steps in turn, after {args.warmup} steps")
-    for i, worker in enumerate(workers, 1):
-        worker.facts.update(worker.ask("build"))
-        print(f"{i}: {worker.text}", *worker.facts["notes"], sep="\n   ", flush=True)
+    for worker in workers[: args.builds]:
+        worker.send("build")
+    for i, worker in enumerate(workers):
+        worker.facts.update(worker.reply())
+        if args.builds > 1:
+            worker.facts["first_step_s"] = None  # others compiled beside it
+        if i + args.builds < len(workers):
+            workers[i + args.builds].send("build")
+        print(f"{i + 1}: {worker.text}", *worker.facts["notes"], sep="\n   ", flush=True)
     for _ in range(args.windows):
         for worker in workers:
             worker.windows.append(worker.ask("window"))
@@ -318,7 +324,8 @@ def table(records):
         cells = {
             "": str(i), "step ms": f"{r['step_ms']:,.2f} ({min(ms):,.2f} - {max(ms):,.2f})",
             "tokens/s": f"{r['tokens_per_second']:,.0f}", "MFU": f"{r['mfu']:.1%}" if r["mfu"] else "n/a",
-            "peak MiB": f"{r['peak_mem_MB']:,}", "first step s": f"{r['first_step_s']:.1f}",
+            "peak MiB": f"{r['peak_mem_MB']:,}",
+            "first step s": f"{r['first_step_s']:.1f}" if r["first_step_s"] else "n/a",
             "last loss": "not finite" if r["loss"] is None else f"{r['loss']:.4f}",
         }
         if any(record["infinite_gradients"] for record in records):
@@ -341,6 +348,8 @@ def make_parser():
     parser.add_argument("--warmup", type=int, default=10, metavar="N", help="steps before the first window [10]")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="steps in a window [10]")
     parser.add_argument("--windows", type=int, default=5, metavar="N", help="windows of a command line [5]")
+    parser.add_argument("--builds", type=int, default=1, metavar="N", help="command lines that compile and warm up at "
+                        "once, in which case the first step is not timed [1]")
     parser.add_argument("--validation", action="store_true", help="time the validation of --val_tokens targets too")
     parser.add_argument("--data_share", action="store_true", help="the data loader's share of a step, by further "
                         "windows with one batch that stays on the device")
@@ -356,7 +365,7 @@ def read_arguments(argv):
     parser, cut = make_parser(), argv.index("--") if "--" in argv else len(argv)
     args, before = parser.parse_known_args(argv[:cut])
     args, common = parser.parse_known_args(argv[cut + 1:], args)
-    for name in ("warmup", "steps", "windows"):
+    for name in ("warmup", "steps", "windows", "builds"):
         require(getattr(args, name) >= 1, f"{name}={getattr(args, name)} must be at least 1")
     require(args.memory_gib is None or 0 < args.memory_gib < math.inf, f"memory_gib={args.memory_gib} must be above 0")
     if args.json is not None:

@@ -35,11 +35,11 @@ LONG = "--sequence_length 4096 --batch_size 16"
 # name -> (settings of tools/bench.py, the command lines that take turns)
 EXPERIMENTS = {
     "cold": ("--windows 1", [D12]),  # with empty caches
-    "table": ("", [D12, "--model d12 --batch_size 32", "--model d12 --batch_size 16", f"{D12} --precision fp8_head",
+    "table": ("--builds 2", [D12, "--model d12 --batch_size 32", "--model d12 --batch_size 16", f"{D12} --precision fp8_head",
                    f"{D12} --mtp_enabled --mtp_max_steps 4", "--model d12_mlp3x --batch_size 64"]),
-    "variants": ("", [PLAIN, "--model d12_gqa --batch_size 64", "--model d12_mqa --batch_size 64",
-                      "--model d12_window --batch_size 64", f"{PLAIN} {LONG}", f"{PLAIN} {LONG} --window 128",
-                      f"{D12} --gradient_checkpointing"]),
+    "gqa": ("--builds 2", [PLAIN, "--model d12_gqa --batch_size 64"]),
+    "long": ("--builds 2", [f"{PLAIN} {LONG}", f"{PLAIN} {LONG} --window 128"]),
+    "checkpointing": ("--builds 2", [D12, f"{D12} --gradient_checkpointing"]),
     "validation": ("--validation --data_share", [f"{D12} --val_tokens 10485760"]),
     "card_of_24_gib": ("--memory_gib 22 --windows 2", ["--model d12 --batch_size 32 --total_batch_size 524288"]),
     "fp8": ("", [D12, f"{D12} --precision fp8"]),
@@ -213,19 +213,21 @@ def curves(name, data):
     """The losses of an earlier version of the script and of this one, in bf16 and fp32; one record."""
     import torch
 
-    found = {}
+    found, runs = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         earlier = Path(folder) / "earlier.py"
         earlier.write_bytes(subprocess.run(["git", "-C", ROOT, "show", f"{EARLIER}:train_gpt2_mod.py"], check=True,
                                            capture_output=True).stdout)
         for version, path in (("earlier", earlier), ("now", ROOT / "train_gpt2_mod.py")):
-            for precision in ("bf16", "fp32"):
+            for precision in ("bf16", "fp32"):  # all at once: nothing is timed here
                 logs = Path(folder) / f"{version}_{precision}"
                 command = [sys.executable, path, *CURVES[name].split(), "--precision", precision, *data, "--output_dir"]
-                subprocess.run([*command, logs], check=True)
-                lines = next(logs.glob("*/metrics.jsonl")).read_text().splitlines()
-                found[f"{version}_{precision}"] = [row["train_loss"] for row in map(json.loads, lines)
-                                                   if "train_loss" in row]
+                runs[logs] = subprocess.Popen([*command, logs])
+        for logs, run in runs.items():
+            if run.wait():
+                raise subprocess.CalledProcessError(run.returncode, run.args)
+            lines = next(logs.glob("*/metrics.jsonl")).read_text().splitlines()
+            found[logs.name] = [row["train_loss"] for row in map(json.loads, lines) if "train_loss" in row]
     return dict(flags=CURVES[name], losses=found, gpu=torch.cuda.get_device_name(), torch=torch.__version__)
 
 
@@ -242,7 +244,8 @@ def speeds(rows):
         if r["data_share"] is not None:
             extra.append(f"data {100 * r['data_share']:.2f}%")
         lines.append([r["name"], f"`{r['line']}`", f"{r['step_ms']:.2f}", f"{r['tokens_per_second']:,.0f}",
-                      f"{100 * r['mfu']:.1f}%", f"{r['peak_mem_MB']:,}", f"{r['first_step_s']:.1f}",
+                      f"{100 * r['mfu']:.1f}%", f"{r['peak_mem_MB']:,}",
+                      f"{r['first_step_s']:.1f}" if r["first_step_s"] else "-",
                       f"{r['ratio']:.3f}", ", ".join(extra)])
     return table(["experiment", "flags", "step ms", "tokens/s", "MFU", "MiB", "first step s", "ratio to its first line",
                   ""], lines)
