@@ -35,8 +35,9 @@ LONG = "--sequence_length 4096 --batch_size 16"
 # name -> (settings of tools/bench.py, the command lines that take turns)
 EXPERIMENTS = {
     "cold": ("--windows 1", [D12]),  # with empty caches
-    "table": ("--builds 2", [D12, "--model d12 --batch_size 32", "--model d12 --batch_size 16", f"{D12} --precision fp8_head",
-                   f"{D12} --mtp_enabled --mtp_max_steps 4", "--model d12_mlp3x --batch_size 64"]),
+    "table": ("--builds 2", [D12, "--model d12 --batch_size 32", "--model d12 --batch_size 16",
+                             f"{D12} --precision fp8_head", f"{D12} --mtp_enabled --mtp_max_steps 4",
+                             "--model d12_mlp3x --batch_size 64"]),
     "gqa": ("--builds 2", [PLAIN, "--model d12_gqa --batch_size 64"]),
     "long": ("--builds 2", [f"{PLAIN} {LONG}", f"{PLAIN} {LONG} --window 128"]),
     "checkpointing": ("--builds 2", [D12, f"{D12} --gradient_checkpointing"]),
