@@ -65,6 +65,8 @@ FLOAT8_GRADIENT_SCALE = 2.0**15  # of gradients that are at most 1: the format e
 WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 16 bytes; float8 kernels refuse others
 NORM_EPS = 1e-6
 NAN_POLICIES = ("stop", "skip", "rollback")
+OPTIMIZERS = ("adamw", "muon")
+FIRST_MOMENTUM = 0.85  # of Muon, at step 0, where it has a warm-up
 LARGEST_BATCH = 2**14  # sequences in a micro-batch that --batch_size auto thinks of
 CHECKED_TOKENS = 2**22  # read at once when a shard's ids are checked: 8 MiB
 MOST_ROLLBACKS = 3  # to one checkpoint
@@ -226,7 +228,15 @@ class GPTConfig:
     kv_rank: int = option(256, "width of the latent from which MLA makes keys and values", most=2**20)
     rope_head_dim: int = option(32, "rotary part of MLA's heads, beside n_embd / n_head without position", most=2**20)
     qk_norm: bool = option(False, "RMSNorm of queries and keys over the head size, before RoPE")
+    softmax_scale: float = option(0.0, "factor of attention's scores; 0: 1 / sqrt(head size)")
     window: int = option(0, "tokens a query sees, its own included; 0: all before it")
+    document_mask: bool = option(False, "let no token see another document than its own")
+    value_embeddings: int = option(
+        0, "tables of token embeddings, each mixed into the values of one of the first and one of the last blocks",
+        most=500,
+    )
+    x0_lambdas: bool = option(False, "begin each block with a x + b x0 of stream and embedding, a and b learned")
+    embd_norm: bool = option(False, "RMSNorm of the embedding, where the stream begins")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
     mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
     mlp_expansion_factor: float = option(4.0, "MLP hidden width as a multiple of n_embd; 8/3 is allowed", parse=number)
@@ -236,6 +246,8 @@ class GPTConfig:
         0.0, "std of the initial matrices, those into the stream / sqrt(2 n_layer); 0: uniform in +-1/sqrt(fan_in)",
         rebuilds=False,
     )
+    embd_init_std: float = option(0.0, "std of the initial embeddings; 0: as the other matrices", rebuilds=False)
+    zero_init: bool = option(False, "start the matrices into the stream, and an untied head, at 0", rebuilds=False)
     mtp_enabled: bool = option(False, "multi-token prediction: an auxiliary loss on targets 2..mtp_max_steps")
     mtp_heads: str = option(
         "shared", "what predicts targets 2..mtp_max_steps: the logits themselves, or a block each",
@@ -274,12 +286,22 @@ class GPTConfig:
                 f"try one of {', '.join(map(str, divisors))}")
         self.check_positions()
         require(self.dropout < 1, f"dropout={self.dropout} must be below 1; 0.1 is usual")
-        require(not (self.dropout and self.window), f"dropout={self.dropout} with window={self.window}: the windowed "
-                "kernel has no dropout; drop one of the two")
+        masked = f"window={self.window}" if self.window else "document_mask" if self.document_mask else ""
+        require(not (self.dropout and masked), f"dropout={self.dropout} with {masked}: the kernel of a mask has no "
+                "dropout; drop one of the two")
+        tables, values = self.value_embeddings, self.mixer == "attention"
+        require(values or not tables, f"value_embeddings={tables} with mixer={self.mixer}, whose values come from a "
+                "latent; drop one of the two")
+        require(2 * tables <= self.n_layer, f"value_embeddings={tables} go into as many first and last blocks, and "
+                f"n_layer={self.n_layer} has no {2 * tables}; try {self.n_layer // 2}")
+        require(self.softmax_scale <= 100, f"softmax_scale={self.softmax_scale} must be at most 100; 0.12 is usual with "
+                "qk_norm")
         require(0 < self.norm_eps < 1, f"norm_eps={self.norm_eps} must be above 0 and below 1; 1e-6 is usual")
         cap = self.logit_softcap
         require(cap == 0 or cap >= 1, f"logit_softcap={cap} must be 0 (none) or at least 1; 15 and 30 are usual")
         require(self.init_std < 1, f"init_std={self.init_std} must be below 1; 0.02 is usual")
+        require(self.embd_init_std <= 10, f"embd_init_std={self.embd_init_std} must be at most 10; 1 is usual with "
+                "embd_norm")
         chance = math.log(self.vocab_size)
         require(self.loss_clamp == 0 or self.loss_clamp > chance, f"loss_clamp={self.loss_clamp} is not above the loss "
                 f"at the start, ln(vocab_size) = {chance:.2f}, so nothing would be learned; type more, or 0 for none")
@@ -366,7 +388,15 @@ class TrainConfig:
         aliases=("grad_accum_steps", "gradient_accumulation_steps"),
     )
     num_iterations: int = option(1000, "optimizer steps")
+    optimizer: str = option("adamw", "what updates the blocks' matrices; all else is AdamW's", choices=OPTIMIZERS)
     learning_rate: float = option(6e-4, "learning rate after the warm-up, the highest")
+    embedding_lr: float = option(0.0, "that of the embeddings, tied or not; 0: learning_rate")
+    head_lr: float = option(0.0, "that of an untied head; 0: learning_rate")
+    scalar_lr: float = option(0.0, "that of vectors and scalars; 0: learning_rate")
+    muon_lr: float = option(0.02, "that of Muon's matrices, which follows the same schedule")
+    muon_momentum: float = option(0.95, "decay of the mean of Muon's gradients")
+    momentum_warmup_steps: int = option(0, f"steps over which muon_momentum rises from {FIRST_MOMENTUM}")
+    cautious_weight_decay: bool = option(False, "Muon decays a weight only where its update makes it smaller too")
     schedule: str = option(
         "linear", "the learning rate after its warm-up: constant with a linear warm-down, or half a cosine",
         choices=lambda: tuple(schedules),
@@ -374,9 +404,10 @@ class TrainConfig:
     warmup_iters: int = option(0, "steps of linear warm-up from 0")
     warmdown_iters: int = option(0, "last steps of the linear schedule, of warm-down to its end")
     min_lr_fraction: float = option(0.0, "where the schedule ends, as a share of learning_rate")
-    weight_decay: float = option(0.1, "AdamW's decoupled weight decay, on matrices only")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices; with Muon of those that are Muon's alone")
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean")
     beta2: float = option(0.95, "AdamW's decay of the gradient's square")
+    adam_eps: float = option(1e-8, "what AdamW adds to the root of the mean square")
     grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping")
     seed: int = option(1337, "seed of the initial weights and of --shuffle")
     shuffle: bool = option(False, "permute the sequences in each epoch, by seed and epoch")
@@ -437,8 +468,14 @@ class TrainConfig:
                 "validation; name its shards with --input_val_bin")
         project_counts = self.log_wandb or self.wandb_project == TrainConfig.wandb_project
         require(project_counts, f"wandb_project={self.wandb_project} would be ignored; add --log_wandb")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_momentum"):
             require(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1; 0.9 and 0.95 are usual")
+        require(self.adam_eps > 0, "adam_eps=0.0 must be above 0: a token that was never seen has no gradient; 1e-8 is "
+                "usual")
+        own_rates = [name for name in ("embedding_lr", "head_lr", "scalar_lr") if getattr(self, name)]
+        own_rates += ["optimizer=muon"] * (self.optimizer == "muon")
+        require(self.learning_rate or not own_rates, f"learning_rate=0 with {', '.join(own_rates)}: all rates follow "
+                "one schedule, that of learning_rate; type a rate above 0")
 
     @property
     def tokens_per_step(self):
@@ -457,6 +494,7 @@ class Shorthand:
     kv_head_ratio: float = option(0.25, "key/value heads as a share of the query heads, rounded down to a divisor")
     embd_scale: float = option(1.0, "widen n_embd by this factor, to a head size that is a multiple of 8", parse=number)
     total_batch_size: int = option(0, "tokens a step over all processes; sets --grad_accumulation_steps")
+    warmdown_fraction: float = option(0.0, "share of num_iterations that is warm-down; sets --warmdown_iters")
 
 
 # Presets are what differs from GPTConfig's defaults, which are d12's.
@@ -468,6 +506,10 @@ GPT2 = dict(  # Radford et al. 2019, as published: github.com/openai/gpt-2
 SIZED = dict(  # Llama's parts (Touvron et al. 2023, arXiv:2302.13971, section 2.2), tied, with grouped queries
     vocab_size=32768, norm_weights=True, mlp="swiglu", mlp_expansion_factor=8 / 3, n_kv_head=4, scale_attention=False,
     init_std=0.02,
+)
+FAST = dict(  # what modded-nanogpt's records found (github.com/KellerJordan/modded-nanogpt), each a field of its own
+    qk_norm=True, softmax_scale=0.12, mlp="relu2", scale_attention=False, tie_embeddings=False, embd_norm=True,
+    embd_init_std=1.0, zero_init=True, x0_lambdas=True, value_embeddings=3, logit_softcap=15.0,
 )
 base_configs: dict[str, dict[str, Any]] = {
     "d12": dict(),
@@ -485,6 +527,7 @@ base_configs: dict[str, dict[str, Any]] = {
     "d36": dict(n_layer=36, n_head=20, n_embd=1280),
     "d48": dict(n_layer=48, n_head=25, n_embd=1600),
     "d12_mla": dict(mixer="latent", **HYBRID),
+    "d12_fast": dict(n_head=6, **FAST),
     "gpt2": dict(**GPT2),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, **GPT2),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, **GPT2),
@@ -501,6 +544,15 @@ base_configs: dict[str, dict[str, Any]] = {
     "sized_16gb": dict(ffn_hidden=2048, **SIZED),
     "tiny": dict(n_layer=4, n_head=4, n_embd=128),
     "mini": dict(n_layer=6, n_head=6, n_embd=384),
+}
+
+# How a preset is trained, where that belongs to it: what differs from TrainConfig's defaults when a run begins with it.
+run_configs: dict[str, dict[str, Any]] = {
+    "d12_fast": dict(
+        optimizer="muon", muon_lr=0.025, momentum_warmup_steps=300, cautious_weight_decay=True, learning_rate=0.004,
+        embedding_lr=0.15, scalar_lr=0.02, beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=131_072,
+        num_iterations=1100, warmdown_fraction=0.6, min_lr_fraction=0.1,
+    ),
 }
 
 
@@ -611,8 +663,9 @@ def rule_kernels(fields, typed, machine):
     """Flags about kernels that this run would not use."""
     cuda = machine.device_type == "cuda"
     kernel, mode = fields["attention"], typed.get("compile_mode", "default")
-    require(kernel == "auto" or not fields["window"], f"attention={kernel} would be ignored: window={fields['window']} "
-            "has a kernel of its own; drop one of the two")
+    for name in ("window", "document_mask"):
+        require(kernel == "auto" or not fields[name], f"attention={kernel} would be ignored: {name}={fields[name]} has "
+                "a kernel of its own; drop one of the two")
     require(cuda or kernel in ("auto", "math"), f"attention={kernel} needs CUDA, and this run is on "
             f"{machine.device_type}; drop it, or in a resume add --attention auto")
     require(mode == "default" or cuda or fields["compile"], f"compile_mode={mode} would be ignored: on "
@@ -620,6 +673,34 @@ def rule_kernels(fields, typed, machine):
     require(not typed.get("empty_cache_every") or machine.device_type != "cpu", "empty_cache_every would be ignored: "
             "a CPU keeps no such cache; drop it")
     return {}, None
+
+
+def rule_optimizer(fields, typed, machine):
+    """Flags of an optimizer that this run does not have."""
+    defaults = field_defaults(TrainConfig)
+    muons = ("muon_lr", "muon_momentum", "momentum_warmup_steps", "cautious_weight_decay")
+    ignored = [name for name in muons if typed.get(name, defaults[name]) != defaults[name]]
+    require(fields["optimizer"] == "muon" or not ignored, f"{', '.join(ignored)} without optimizer=muon would be "
+            "ignored; add --optimizer muon")
+    untied = not fields["tie_embeddings"]
+    require(untied or not typed.get("head_lr"), f"head_lr={typed.get('head_lr')} would be ignored: the head is the "
+            "embedding, whose rate is embedding_lr; drop it, or add --no_tie_embeddings")
+    return {}, None
+
+
+def rule_warmdown(fields, typed, machine):
+    """The linear schedule's warm-down as a share of the run, unless it is typed in steps."""
+    wanted, share = "warmdown_fraction" in typed, fields.get("warmdown_fraction", 0.0)
+    require(share <= 1, f"warmdown_fraction={share} must be at most 1; 0.5 is usual")
+    if wanted:
+        require("warmdown_iters" not in typed, "warmdown_iters and warmdown_fraction both say how long the warm-down "
+                "is; drop one")
+        require(fields["schedule"] == "linear", f"warmdown_fraction={share} would be ignored: "
+                f"schedule={fields['schedule']} has no warm-down; drop one of the two")
+    elif not share or "warmdown_iters" in typed or fields["schedule"] != "linear":
+        return {}, None
+    steps = min(round(share * fields["num_iterations"]), max(0, fields["num_iterations"] - fields["warmup_iters"]))
+    return dict(warmdown_iters=steps), f"warmdown_iters={steps}: {share:g} of num_iterations={fields['num_iterations']}"
 
 
 def rule_checkpoints(fields, typed, machine):
@@ -683,11 +764,11 @@ def rule_accumulation(fields, typed, machine):
         require(fields[name] >= 1, f"{name}={fields[name]} must be at least 1")
     tokens, steps = typed.get("total_batch_size"), typed.get("grad_accumulation_steps")
     if tokens is None and steps is None:
-        tokens = fields.get("tokens_per_step")  # of the checkpoint: a resume keeps it
+        tokens = fields.get("tokens_per_step")  # of the preset, or of the checkpoint: a resume keeps it
         steps = world if tokens is None else None
     if tokens is not None:
         step_tokens = per_micro_batch * world
-        said = "total_batch_size" if "total_batch_size" in typed else "the checkpoint's tokens per step"
+        said = "total_batch_size" if "total_batch_size" in typed else "the preset's or checkpoint's tokens per step"
         require(tokens >= step_tokens and tokens % step_tokens == 0,
                 f"{said}={tokens} must be a multiple of batch_size x sequence_length x processes = "
                 f"{fields['batch_size']} x {fields['sequence_length']} x {world} = {step_tokens}; "
@@ -712,6 +793,8 @@ RULES = (
     (rule_positions, ()),
     (rule_precision, ()),
     (rule_kernels, ()),
+    (rule_optimizer, ()),
+    (rule_warmdown, ("warmdown_fraction",)),
     (rule_checkpoints, ()),
     (rule_vocabulary, ()),
     (rule_batch_size, ()),
@@ -739,6 +822,8 @@ def resolve(typed, machine, base=None):
     if base is None or typed.keys() & PRESET_FLAGS:
         require(name in base_configs, unknown_choice("model", name, base_configs))
         fields.update(network, **base_configs[name])
+        if "tokens_per_step" not in fields:  # which a checkpoint has: a resume trains as it began
+            fields.update(run_configs.get(name, {}))
     fields.update(typed)
     if base and not typed.keys() & PRESET_FLAGS and typed.get("n_embd") == base["n_embd"]:
         typed = {name: value for name, value in typed.items() if name != "n_embd"}  # which asks for no other heads
@@ -1272,7 +1357,9 @@ class Context(NamedTuple):
 
     cos: Any  # (T, D/2); None where positions are learned
     sin: Any  # (T, D/2)
-    mask: Any  # None: causal; else (T, T), True where a query (row) may look, or FlexAttention's BlockMask
+    mask: Any  # None: causal; else (T, T) or (B, 1, T, T), True where a query may look, or FlexAttention's BlockMask
+    x0: Any = None  # (B, T, C), the stream where it began
+    values: Any = None  # (B, T, K D), this block's value embedding, if it has one
 
 
 def product_dtype(x):
@@ -1322,11 +1409,14 @@ class Linear(nn.Linear):
 
     Weights keep their true shape. Where that is no multiple of WIDTH_MULTIPLE (float8: FLOAT8_MULTIPLE) the product is
     done with rows and columns of zeros added, which changes neither values nor gradients.
+
+    `parts` are the numbers of rows of several matrices in one, which Muon takes one by one.
     """
 
-    def __init__(self, config, fan_in, fan_out):
+    def __init__(self, config, fan_in, fan_out, parts=()):
         super().__init__(fan_in, fan_out, bias=config.bias)
         self.fp8 = config.precision == "fp8"
+        self.parts = tuple(parts) or (fan_out,)
 
     def padded(self, x, parts=1):
         """x (..., fan_in, or more with zeros behind) -> (..., fan_out) with zeros behind each of its equal parts."""
@@ -1371,15 +1461,43 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def window_mask(T, window, device):
-    """The mask of causal attention over the last `window` tokens, the query's own included; None where that is plain
-    causal attention. Compiled on CUDA it is FlexAttention's, which skips blocks outside; elsewhere a dense (T, T)."""
-    if window == 0 or window >= T:
-        return None
+def window_mask(T, window, device, documents=None):
+    """The mask of causal attention over the last `window` tokens (0: all), the query's own included, and with the
+    numbers of the tokens' documents (B, T) within each; None where that is plain causal attention. Compiled on CUDA it
+    is FlexAttention's, which skips blocks outside; elsewhere dense, (T, T) or (B, 1, T, T)."""
+    if not 0 < window < T:
+        if documents is None:
+            return None
+        window = T
+
+    def seen(b, h, q, k):
+        near = (q >= k) & (q - k < window)
+        return near if documents is None else near & (documents[b, q] == documents[b, k])
+
     if device.type == "cuda" and torch.compiler.is_compiling():
-        return create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < window), None, None, T, T, device=device)
+        return create_block_mask(seen, documents if documents is None else len(documents), None, T, T, device=device)
     q, k = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
-    return (q >= k) & (q - k < window)
+    if documents is None:
+        return seen(None, None, q, k)
+    return seen(torch.arange(len(documents), device=device)[:, None, None, None], None, q, k)
+
+
+class First(nn.Module):
+    """What stands where nothing is mixed."""
+
+    def forward(self, x, other):
+        return x
+
+
+class Mix(nn.Module):
+    """a x + b other, a and b learned (the records of modded-nanogpt; Zhou et al. 2024, arXiv:2410.17897, for values)."""
+
+    def __init__(self, *start):
+        super().__init__()
+        self.lambdas = nn.Parameter(torch.tensor(start))
+
+    def forward(self, x, other):
+        return self.lambdas[0] * x + self.lambdas[1] * other
 
 
 class CausalSelfAttention(nn.Module):
@@ -1391,11 +1509,15 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.window, self.dropout = config.window, config.dropout
         self.qk_norm = Norm() if config.qk_norm else nn.Identity()
+        self.scale = config.softmax_scale or None  # torch's own
+        first_and_last = min(layer, config.n_layer - 1 - layer) in range(config.value_embeddings)
+        self.value_mix = Mix(0.5, 0.5) if first_and_last else First()
         self.make_projections(config)
         self.c_proj = Linear(config, config.n_embd, config.n_embd)
 
     def make_projections(self, config):
-        self.c_attn = Linear(config, config.n_embd, (config.n_head + 2 * config.n_kv_head) * config.head_dim)
+        parts = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        self.c_attn = Linear(config, config.n_embd, sum(parts), parts)
 
     def qkv(self, x, ctx):
         """(B, T, C) -> q (B, H, T, D), k and v (B, K, T, D), q and k normalised (if so configured) and rotated."""
@@ -1403,6 +1525,7 @@ class CausalSelfAttention(nn.Module):
         heads = self.c_attn(x).view(B, T, -1, self.head_dim)
         q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)
         q, k = (rotate(self.qk_norm(z), ctx.cos, ctx.sin).type_as(v) for z in (q, k))
+        v = self.value_mix(v, ctx.values if ctx.values is None else ctx.values.view_as(v))
         # Only here, so that the memory stays (B, T, heads, D): the kernels then write y in the layout that out() reads.
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -1411,8 +1534,8 @@ class CausalSelfAttention(nn.Module):
         grouped = self.n_kv_head < self.n_head
         if mask is None or isinstance(mask, torch.Tensor):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout * self.training,
-                                                  is_causal=mask is None, enable_gqa=grouped)
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+                                                  is_causal=mask is None, scale=self.scale, enable_gqa=grouped)
+        return flex_attention(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=grouped)
 
     def out(self, y):
         """(B, H, T, D) -> (B, T, C)."""
@@ -1484,7 +1607,7 @@ class SwiGLUMLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config, config.n_embd, 2 * config.ffn_hidden)
+        self.c_fc = Linear(config, config.n_embd, 2 * config.ffn_hidden, 2 * [config.ffn_hidden])
         self.c_proj = Linear(config, config.ffn_hidden, config.n_embd)
 
     def forward(self, x):
@@ -1497,7 +1620,8 @@ mlps = {"gelu": MLP, "gelu_tanh": MLP, "relu2": MLP, "swiglu": SwiGLUMLP}
 
 class Block(nn.Module):
     """x + s norm(attention(norm(x))), then x + norm(mlp(norm(x))), the outer norms only with post_norm. The scale
-    s = 1/sqrt(2 n_layer), off by scale_attention, is on attention alone, as in the trainer of the NoCap benchmark."""
+    s = 1/sqrt(2 n_layer), off by scale_attention, is on attention alone, as in the trainer of the NoCap benchmark. With
+    x0_lambdas x is mixed with the embedding before all else."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -1508,8 +1632,10 @@ class Block(nn.Module):
         self.mlp_norm = Norm() if config.post_norm else nn.Identity()
         self.attn_scale = 1 / math.sqrt(2 * config.n_layer) if config.scale_attention else 1.0
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.mix = Mix(1.0, 0.0) if config.x0_lambdas else First()
 
     def forward(self, x, ctx):
+        x = self.mix(x, ctx.x0)
         x = x + self.drop(self.attn_scale * self.attn_norm(self.attn(self.ln_1(x), ctx)))
         return x + self.drop(self.mlp_norm(self.mlp(self.ln_2(x))))
 
@@ -1531,6 +1657,10 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.transformer["wpe"] = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.embd_norm = Norm() if config.embd_norm else nn.Identity()
+        values = config.n_kv_head * config.head_dim
+        self.value_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, values)
+                                              for _ in range(config.value_embeddings))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.transformer.wte.weight = self.lm_head.weight
@@ -1544,25 +1674,40 @@ class GPT(nn.Module):
     @torch.no_grad()
     def start_weights(self):
         config = self.config
-        for table in (module for module in self.transformer.values() if isinstance(module, nn.Embedding)):
+        tables = [module for module in self.modules() if isinstance(module, nn.Embedding)]
+        for table in tables:
             if table.weight is not self.lm_head.weight:
                 table.weight.uniform_(-(config.n_embd**-0.5), config.n_embd**-0.5)
-        if config.init_std == 0:
-            return
-        for name, p in self.named_parameters():
+        for name, p in self.named_parameters() if config.init_std else ():
             if p.dim() == 2:
                 scale = 1 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 1.0
                 p.normal_(0.0, config.init_std * scale)
             elif name.endswith("bias"):
                 p.zero_()
+        for table in tables if config.embd_init_std else ():
+            table.weight.normal_(0.0, config.embd_init_std)
+        into_stream = [p for name, p in self.named_parameters() if name.endswith("c_proj.weight")]
+        untied = [] if config.tie_embeddings else [self.lm_head.weight]
+        for p in into_stream + untied if config.zero_init else ():
+            p.zero_()
 
     def embed(self, idx):
         """(B, T) -> the stream (B, T, C), and the Context of a sequence of T."""
         T, learned = idx.size(1), self.config.position == "learned"
         x = self.transformer.wte(idx)
-        x = self.drop(x + self.transformer.wpe.weight[:T] if learned else x).to(stream_dtype(x))
+        x = self.drop(x + self.transformer.wpe.weight[:T] if learned else x)
+        x = self.embd_norm(x).to(stream_dtype(x))
         cos, sin = (None, None) if learned else self.rotary(T)
-        return x, Context(cos, sin, window_mask(T, self.config.window, idx.device))
+        # A document begins with the end-of-text token, the last of the vocabulary.
+        documents = (idx == self.config.vocab_size - 1).cumsum(1) if self.config.document_mask else None
+        return x, Context(cos, sin, window_mask(T, self.config.window, idx.device, documents), x)
+
+    def value_rows(self, idx):
+        """What each block mixes into its values, a list of (B, T, K D) or None: the first table's rows in the first
+        block and in the first of the last ones, and so on."""
+        rows = [table(idx) for table in self.value_embeddings]
+        rows = [row.to(stream_dtype(row)) for row in rows]
+        return [*rows, *[None] * (self.config.n_layer - 2 * len(rows)), *rows]
 
     def run_block(self, block, x, ctx):
         if self.config.gradient_checkpointing and self.training:
@@ -1572,8 +1717,8 @@ class GPT(nn.Module):
     def trunk(self, idx, heads=1):
         """(B, T) -> what each of the heads reads, a list of (B, T, C): the stream, normalised."""
         x, ctx = self.embed(idx)
-        for block in self.transformer.h:
-            x = self.run_block(block, x, ctx)
+        for block, values in zip(self.transformer.h, self.value_rows(idx)):
+            x = self.run_block(block, x, ctx._replace(values=values))
         own = [self.mtp_blocks[str(k)] for k in range(2, heads + 1)]
         return [self.transformer.ln_f(z) for z in (x, *(self.run_block(block, x, ctx) for block in own))]
 
@@ -1714,21 +1859,25 @@ class Numerics:
         """Clip, update, forget the gradients. Gives the norm of the gradient before clipping, as a tensor.
 
         Where the norm or the loss (the mean over the processes, so that all agree) is not finite, weights and optimizer
-        stay as they are. With fp16 that is the scaler's decision, which then lowers its scale; torch's fused optimizers
-        take such a verdict as a tensor, so that on a GPU nobody waits for it; elsewhere the host looks."""
-        if self.scaler.is_enabled():  # which looks at the gradients alone
-            next(p for p in parameters if p.grad is not None).grad.masked_fill_(~torch.isfinite(loss), math.inf)
-        self.scaler.unscale_(optimizer)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        stay as they are. With fp16 that is the scaler's decision, which then lowers its scale; on a GPU the optimizers
+        take the verdict as a tensor, so that nobody waits for it; elsewhere the host looks."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.scaler.is_enabled():  # which looks at the gradients of one optimizer alone
+            bad = ~torch.isfinite(loss) | ~torch.isfinite(nn.utils.get_total_norm(gradients))
+            for one in optimizer.each:
+                first = next(p for group in one.param_groups for p in group["params"] if p.grad is not None)
+                first.grad.masked_fill_(bad, math.inf)
+                self.scaler.unscale_(one)
+        grad_norm = nn.utils.get_total_norm(gradients)
         if grad_clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
         finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
         if self.scaler.is_enabled():
-            self.scaler.step(optimizer)
+            for one in optimizer.each:
+                self.scaler.step(one)
             self.scaler.update()
-        elif optimizer.defaults.get("fused"):
-            optimizer.found_inf = (~finite).float()
-            optimizer.step()
+        elif grad_norm.is_cuda:
+            optimizer.step(found_inf=(~finite).float())
         elif finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -1901,14 +2050,177 @@ class HeadLoss(torch.autograd.Function):
 # Optimizer and schedule
 
 
+def momentum_step(gradient, mean, momentum, skipped):
+    """(Nesterov's update, the mean of the gradients after this step) of stacked matrices (n, a, b). Where `skipped`, a
+    tensor, is not 0, the mean stays."""
+    after = torch.where(skipped != 0, mean, momentum * mean + (1 - momentum) * gradient)
+    return momentum * after + (1 - momentum) * gradient, after
+
+
+def orthogonalized(x):
+    """The orthogonal matrix nearest to each of x (n, a, b), a <= b, roughly: all singular values come to between 0.7
+    and 1.2, by five steps of the quintic Newton-Schulz iteration of torch.optim.Muon, in bf16 on CUDA."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    y = x.bfloat16() if x.is_cuda else x
+    y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    return y
+
+
+def updated(weight, update, factors, lr, decay, cautious, skipped):
+    """Stacked weights (n, a, b) less lr times factors (n, 1, 1) times the update, first decayed by lr times `decay`;
+    cautious: only where the update makes them smaller too (Chen et al. 2025, arXiv:2510.12402). Where `skipped`, a
+    tensor, is not 0, they stay."""
+    update = factors * update.to(weight.dtype)
+    kept = 1 - lr * decay * (weight * update > 0) if cautious else 1 - lr * decay
+    return torch.where(skipped != 0, weight, weight * kept - lr * update)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): each update is Nesterov's momentum, orthogonalised,
+    times sqrt(max(1, rows / columns)). The arithmetic and the defaults are those of torch.optim.Muon.
+
+    group["parts"] says for each parameter of how many rows the matrices are that lie in it one below the other. All
+    matrices of one shape, or its transpose, are updated together; of several processes each orthogonalises its share.
+    `found_inf`, a tensor, if it is set: where it is not 0, weights and momentum stay.
+    """
+
+    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, cautious=False):
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, cautious=cautious))
+        self.found_inf = None
+        self.momentum_step, self.updated = momentum_step, updated  # or compiled
+        self.factors = {}  # on the device, to which a copy in each step would make the host wait
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            shapes = collections.defaultdict(list)
+            for p, parts in zip(group["params"], group["parts"]):
+                if p.grad is None:
+                    continue
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                for matrix in zip(*(tensor.split(parts) for tensor in (p, p.grad, mean))):
+                    tall = matrix[0].size(0) > matrix[0].size(1)
+                    weight, gradient, mean_part = (z.mT if tall else z for z in matrix)
+                    factor = math.sqrt(weight.size(1) / weight.size(0)) if tall else 1.0
+                    shapes[weight.shape].append((weight, gradient, mean_part, factor))
+            for matrices in shapes.values():
+                self.update(group, *zip(*matrices))
+
+    def update(self, group, weights, gradients, means, factors):
+        """One step of matrices of one shape."""
+        weight, gradient, mean = map(torch.stack, (weights, gradients, means))
+        skipped = weight.new_zeros(()) if self.found_inf is None else self.found_inf
+        lr, momentum = (torch.tensor(group[name]) for name in ("lr", "momentum"))  # numbers would be compiled anew
+        if factors not in self.factors:
+            self.factors[factors] = weight.new_tensor(factors).view(-1, 1, 1)
+        update, mean = self.momentum_step(gradient, mean, momentum, skipped)
+        weight = self.updated(weight, self.by_all(update), self.factors[factors], lr, group["weight_decay"],
+                              group["cautious"], skipped)
+        torch._foreach_copy_(weights, weight.unbind())
+        torch._foreach_copy_(means, mean.unbind())
+
+    def by_all(self, update):
+        """The update orthogonalised, each process a share of its matrices."""
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        if size == 1:
+            return orthogonalized(update)
+        share, rank = -(-len(update) // size), dist.get_rank()
+        mine = orthogonalized(update[rank * share : (rank + 1) * share])
+        mine = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])
+        every = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(every, mine)
+        return torch.cat(every)[: len(update)]
+
+
+class Optimizers:
+    """AdamW, and Muon where there is one, as one optimizer: a list of groups, and a state in which the parameters of
+    the one come before those of the other."""
+
+    def __init__(self, *each):
+        self.each = each
+
+    @property
+    def param_groups(self):
+        return [group for one in self.each for group in one.param_groups]
+
+    def zero_grad(self, set_to_none=True):
+        for one in self.each:
+            one.zero_grad(set_to_none=set_to_none)
+
+    def step(self, found_inf=None):
+        for one in self.each:
+            one.found_inf = found_inf
+            one.step()
+
+    def sizes(self):
+        return [sum(len(group["params"]) for group in one.param_groups) for one in self.each]
+
+    def state_dict(self):
+        state, groups, first = {}, [], 0
+        for one, size in zip(self.each, self.sizes()):
+            saved = one.state_dict()
+            state.update({first + i: content for i, content in saved["state"].items()})
+            groups += [dict(group, params=[first + i for i in group["params"]]) for group in saved["param_groups"]]
+            first += size
+        return dict(state=state, param_groups=groups)
+
+    def load_state(self, state):
+        """Take the state of a state_dict() and leave the groups as they are."""
+        first = 0
+        for one, size in zip(self.each, self.sizes()):
+            own = {i - first: content for i, content in state.items() if first <= i < first + size}
+            one.load_state_dict(dict(state=own, param_groups=one.state_dict()["param_groups"]))
+            first += size
+
+    def state_like(self):
+        """What a state has for each parameter, once it has been updated: {its number: {name: a tensor of the shape}}."""
+        kinds = {torch.optim.AdamW: lambda p: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p),
+                 Muon: lambda p: dict(momentum_buffer=p)}
+        parameters = ((kinds[type(one)], p) for one in self.each for group in one.param_groups for p in group["params"])
+        return {i: like(p) for i, (like, p) in enumerate(parameters)}
+
+
+def parameter_groups(model):
+    """Each parameter in one of four groups, as PARAMETER_GROUPS has them: {group: its parameters}."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups = {name: [] for name in PARAMETER_GROUPS}
+    for p in model.parameters():
+        head = "head" if p is model.lm_head.weight else "matrices"
+        groups["embeddings" if id(p) in tables else head if p.dim() >= 2 else "scalars"].append(p)
+    return groups
+
+
+PARAMETER_GROUPS = {  # group -> (field of AdamW's learning rate for it, 0 being learning_rate; whether it is decayed)
+    "embeddings": ("embedding_lr", True), "matrices": ("learning_rate", True), "head": ("head_lr", True),
+    "scalars": ("scalar_lr", False),
+}
+
+
 def make_optimizer(model, run, device):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with decay on matrices only, each parameter in one group."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=run.weight_decay), dict(params=others, weight_decay=0.0)]
-    groups = [group for group in groups if group["params"]]
-    fused = device.type == "cuda"
-    return torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), eps=1e-8, fused=fused)
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with decay on matrices only; with optimizer=muon the blocks'
+    matrices are Muon's, and nothing else is decayed. Each parameter is in one group, whose learning rate is that of the
+    plan times relative_lr."""
+    groups, rows = parameter_groups(model), []
+    muons = groups.pop("matrices") if run.optimizer == "muon" else []
+    for name, params in groups.items():
+        field, decayed = PARAMETER_GROUPS[name]
+        rate = getattr(run, field) or run.learning_rate
+        decay = run.weight_decay if decayed and run.optimizer == "adamw" else 0.0
+        rows.append(dict(params=params, lr=rate, weight_decay=decay, relative_lr=relative(rate, run)))
+    each = [torch.optim.AdamW([row for row in rows if row["params"]], lr=run.learning_rate, betas=(run.beta1, run.beta2),
+                              eps=run.adam_eps, fused=device.type == "cuda")]
+    if muons:
+        parts = {id(module.weight): module.parts for module in model.modules() if isinstance(module, Linear)}
+        row = dict(params=muons, parts=[parts[id(p)] for p in muons], relative_lr=relative(run.muon_lr, run))
+        each.append(Muon([row], run.muon_lr, run.muon_momentum, run.weight_decay, run.cautious_weight_decay))
+    return Optimizers(*each)
+
+
+def relative(rate, run):
+    return rate / run.learning_rate if run.learning_rate else 1.0
 
 
 class Plan(NamedTuple):
@@ -1916,6 +2228,7 @@ class Plan(NamedTuple):
 
     lr: float
     mtp_weight: float
+    momentum: float = 0.95  # Muon's
 
 
 def linear_schedule(step, run):
@@ -1934,17 +2247,23 @@ schedules = {"linear": linear_schedule, "cosine": cosine_schedule}  # (step, run
 
 
 def plan(step, config, run):
-    """The values of step number `step`, counted from 0: linear warm-up, then the schedule; MTP's ramp."""
+    """The values of step number `step`, counted from 0: linear warm-up, then the schedule; MTP's ramp; Muon's
+    momentum."""
     rising = (step + 1) / run.warmup_iters if step < run.warmup_iters else 1.0
     falling = run.min_lr_fraction + (1 - run.min_lr_fraction) * schedules[run.schedule](step, run)
     ramp = min(1.0, step / config.mtp_rampup_steps) if config.mtp_rampup_steps else 1.0
     mtp_weight = config.mtp_weight * ramp if config.mtp_enabled else 0.0
-    return Plan(lr=run.learning_rate * min(rising, falling), mtp_weight=mtp_weight)
+    first, last = min(FIRST_MOMENTUM, run.muon_momentum), run.muon_momentum
+    left = max(0.0, 1 - step / run.momentum_warmup_steps) if run.momentum_warmup_steps else 0.0
+    momentum = last - left * (last - first)
+    return Plan(lr=run.learning_rate * min(rising, falling), mtp_weight=mtp_weight, momentum=momentum)
 
 
 def apply_plan(row, model, optimizer):
     for group in optimizer.param_groups:
-        group["lr"] = row.lr
+        group["lr"] = row.lr * group["relative_lr"]
+        if "momentum" in group:
+            group["momentum"] = row.momentum
     model.mtp_weight_buffer.fill_(row.mtp_weight)
 
 
@@ -2166,9 +2485,9 @@ def why_no_compile(device):
     return None
 
 
-def parallelize(model, run, world, log):
-    """Compile the model's parts in place (so that its state_dict keeps its names) and wrap it for the processes there
-    are."""
+def parallelize(model, run, world, log, optimizer=None):
+    """Compile the model's parts in place (so that its state_dict keeps its names), and Muon's, and wrap the model for
+    the processes there are."""
     wanted = run.compile if run.compile is not None else world.device.type == "cuda"
     reason = why_no_compile(world.device) if wanted else None
     if reason:
@@ -2176,6 +2495,9 @@ def parallelize(model, run, world, log):
     elif wanted:
         model.trunk = torch.compile(model.trunk, dynamic=False, mode=run.compile_mode)
         model.loss_parts = {f.__name__: torch.compile(f, dynamic=False) for f in (Float8Product.scaled, multiplied)}
+        for one in optimizer.each if optimizer and world.device.type == "cuda" else ():
+            if isinstance(one, Muon):
+                one.momentum_step, one.updated = (torch.compile(f, dynamic=False) for f in (momentum_step, updated))
         if world.device.type == "cuda":
             try:
                 fused = fused_softmax_losses(world.device)
@@ -2222,17 +2544,20 @@ def attention_kernel(config, run, world):
     """(function that makes a context in which full attention runs on the kernel asked for, note on which one that is).
     The kernel that torch chooses depends on types and sizes, so it is asked with this run's."""
     context = contextlib.nullcontext if run.attention == "auto" else partial(force_attention, run.attention)
-    if 0 < config.window < run.sequence_length:
+    masks = [f"a window of {config.window} tokens"] * (0 < config.window < run.sequence_length)
+    masks += ["masked documents"] * config.document_mask
+    if masks:
         flex = "flex, which skips the blocks outside; uncompiled, " * (world.device.type == "cuda")
         why = f"{flex}torch's for a dense mask, which skips nothing"
-        return context, f"attention kernel for a window of {config.window} tokens: {why}"
+        return context, f"attention kernel for {' and '.join(masks)}: {why}"
     if world.device.type not in ("cuda", "cpu"):  # others have one kernel
         return context, None
     dtype = Numerics(config.precision, world.device).dtype
     width = config.head_dim + (config.rotary_dim if config.mixer == "latent" else 0)
     q, k, v = (torch.zeros(1, heads, 128, size, dtype=dtype, device=world.device, requires_grad=True) for heads, size
                in ((config.n_head, width), (config.n_kv_head, width), (config.n_kv_head, config.head_dim)))
-    settings = dict(dropout_p=config.dropout, is_causal=True, enable_gqa=config.gqa_enabled)
+    settings = dict(dropout_p=config.dropout, is_causal=True, scale=config.softmax_scale or None,
+                    enable_gqa=config.gqa_enabled)
     try:
         with context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of each kernel that is passed over; what counts is the error
@@ -2259,7 +2584,7 @@ class TrainState:
     """All that changes while training: what a checkpoint holds."""
 
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     numerics: Numerics
     loader: DistributedDataLoader
     step: int = 0
@@ -2277,9 +2602,8 @@ class TrainState:
 
     def is_like(self, state):
         """Whether a checkpoint's content has the form of this state. A file whose checksum is right need not."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        moments = state["optimizer"]["state"]
-        like = {i: dict(step=torch.tensor(0.0), exp_avg=parameters[i], exp_avg_sq=parameters[i]) for i in moments}
+        moments, every = state["optimizer"]["state"], self.optimizer.state_like()
+        like = {i: every[i] for i in moments}
         byte = torch.zeros(0, dtype=torch.uint8)
         streams = [[byte.new_empty(len(stream)) for stream in streams] for streams in state["rng"]]
         mine = dict(model=self.model.state_dict(), loader=self.loader.state_dict(), rng=streams, step=0, tokens=0,
@@ -2291,8 +2615,7 @@ class TrainState:
 
     def load_state_dict(self, state, world):
         self.model.load_state_dict(state["model"])
-        groups = self.optimizer.state_dict()["param_groups"]  # by the flags of now
-        self.optimizer.load_state_dict(dict(state=state["optimizer"]["state"], param_groups=groups))
+        self.optimizer.load_state(state["optimizer"]["state"])  # the groups are by the flags of now
         if state["scaler"]:  # else the checkpoint is of another precision, and the scale begins anew
             self.numerics.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
@@ -2809,7 +3132,7 @@ def train_step(model, state, row, run, world, asked):
 def train(state, config, run, world, log, run_id, val_shards, resumed_from):
     """Train from state.step to the end of the run, to its target, or to a signal."""
     meter = Meter(state, run, world, log, run_id)
-    model = parallelize(state.model, run, world, log)
+    model = parallelize(state.model, run, world, log, state.optimizer)
     meter.resume()
     saver = Saver(state, config, run, world, log, run_id, resumed_from)
     with (meter.says_where_time_went(), StopSignals() as signals, saver, frozen_garbage(),
@@ -2995,6 +3318,8 @@ def memory_plan(config, run, model, world_size=1, training=True):
     a token needs from kept_by_block(); the head has a part of the logits, the gradients of x and of its matrix, and the
     matrix itself in the type of products. Gradients of a single micro-batch come as activations go."""
     parameters, tokens = model.parameter_count(), run.batch_size * run.sequence_length
+    muons = sum(p.numel() for p in parameter_groups(model)["matrices"]) if run.optimizer == "muon" else 0
+    moments = 8 * parameters - 4 * muons
     half, stream = 4 if config.precision == "fp32" else 2, 4 if config.precision in ("fp32", "fp16") else 2
     rows = next(parts_of(tokens, FUSED_LOGITS_AT_ONCE // config.vocab_size))
     logits = (rows.stop - rows.start) * config.vocab_size * (half + (config.precision in FLOAT8_HEADS) * training)
@@ -3004,14 +3329,14 @@ def memory_plan(config, run, model, world_size=1, training=True):
     # Where the logits go, the gradient of the matrix comes once more, scaled.
     head = max(logits, 4 * matrix * training) + streams + matrix * (half + 4 * heads * training)
     if not training:  # one block at a time, and nothing is kept for later
-        return dict(weights=4 * parameters, gradients=0, optimizer=8 * parameters, activations=block, head=head)
+        return dict(weights=4 * parameters, gradients=0, optimizer=moments, activations=block, head=head)
     kept, casts = blocks * block, 0
     if config.gradient_checkpointing:
         kept = blocks * tokens * config.n_embd * stream + max(0, block - logits)
     elif config.precision not in ("fp32", "fp8"):  # each micro-batch keeps the blocks' matrices in the type of products
         casts = half * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
     waiting = 0 if run.grad_accumulation_steps > world_size else kept + head
-    return dict(weights=4 * parameters + casts, gradients=max(0, 4 * parameters - waiting), optimizer=8 * parameters,
+    return dict(weights=4 * parameters + casts, gradients=max(0, 4 * parameters - waiting), optimizer=moments,
                 activations=kept, head=head)
 
 
@@ -3019,8 +3344,9 @@ def parameters_by_part(model):
     """Parameters of embedding, attention, mlp, norms and head; the tied matrix is in the embedding."""
     counts = dict(embedding=0, attention=0, mlp=0, norms=0, head=0)
     for name, p in model.named_parameters():
-        part = next((part for word, part in ((".wte.", "embedding"), (".wpe.", "embedding"), (".attn.", "attention"),
-                                             (".mlp.", "mlp"), ("lm_head.", "head")) if word in name), "norms")
+        words = {".wte.": "embedding", ".wpe.": "embedding", "value_embeddings.": "embedding", ".attn.": "attention",
+                 ".mlp.": "mlp", "lm_head.": "head"}
+        part = next((part for word, part in words.items() if word in name), "norms")
         counts[part] += p.numel()
     return counts
 

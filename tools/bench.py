@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import datetime
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -125,7 +126,9 @@ class Run:
         self.stack.enter_context(kernel())
         self.notes += notes
         log = types.SimpleNamespace(text=self.notes.append)
-        self.model = script.parallelize(self.state.model, self.run, world, log)
+        takes_optimizer = "optimizer" in inspect.signature(script.parallelize).parameters  # earlier versions do not
+        optimizer = [self.state.optimizer] * takes_optimizer
+        self.model = script.parallelize(self.state.model, self.run, world, log, *optimizer)
         self.infinite = 0
         first = self.train(1)
         self.train(self.order.warmup - 1)
