@@ -294,8 +294,8 @@ class GPTConfig:
                 "latent; drop one of the two")
         require(2 * tables <= self.n_layer, f"value_embeddings={tables} go into as many first and last blocks, and "
                 f"n_layer={self.n_layer} has no {2 * tables}; try {self.n_layer // 2}")
-        require(self.softmax_scale <= 100, f"softmax_scale={self.softmax_scale} must be at most 100; 0.12 is usual with "
-                "qk_norm")
+        require(self.softmax_scale <= 100, f"softmax_scale={self.softmax_scale} must be at most 100; 0.12 is usual "
+                "with qk_norm")
         require(0 < self.norm_eps < 1, f"norm_eps={self.norm_eps} must be above 0 and below 1; 1e-6 is usual")
         cap = self.logit_softcap
         require(cap == 0 or cap >= 1, f"logit_softcap={cap} must be 0 (none) or at least 1; 15 and 30 are usual")
@@ -676,7 +676,7 @@ def rule_kernels(fields, typed, machine):
 
 
 def rule_optimizer(fields, typed, machine):
-    """Flags of an optimizer that this run does not have."""
+    """Flags of an optimizer that this run does not have are refused; what a preset says of it does not count."""
     defaults = field_defaults(TrainConfig)
     muons = ("muon_lr", "muon_momentum", "momentum_warmup_steps", "cautious_weight_decay")
     ignored = [name for name in muons if typed.get(name, defaults[name]) != defaults[name]]
@@ -685,7 +685,7 @@ def rule_optimizer(fields, typed, machine):
     untied = not fields["tie_embeddings"]
     require(untied or not typed.get("head_lr"), f"head_lr={typed.get('head_lr')} would be ignored: the head is the "
             "embedding, whose rate is embedding_lr; drop it, or add --no_tie_embeddings")
-    return {}, None
+    return {} if fields["optimizer"] == "muon" else {name: defaults[name] for name in muons}, None
 
 
 def rule_warmdown(fields, typed, machine):
@@ -1490,7 +1490,7 @@ class First(nn.Module):
 
 
 class Mix(nn.Module):
-    """a x + b other, a and b learned (the records of modded-nanogpt; Zhou et al. 2024, arXiv:2410.17897, for values)."""
+    """a x + b other, a and b learned (modded-nanogpt's records; for values Zhou et al. 2024, arXiv:2410.17897)."""
 
     def __init__(self, *start):
         super().__init__()
@@ -1876,7 +1876,7 @@ class Numerics:
             for one in optimizer.each:
                 self.scaler.step(one)
             self.scaler.update()
-        elif grad_norm.is_cuda:
+        elif optimizer.fused:
             optimizer.step(found_inf=(~finite).float())
         elif finite:
             optimizer.step()
@@ -2141,6 +2141,7 @@ class Optimizers:
 
     def __init__(self, *each):
         self.each = each
+        self.fused = bool(each[0].defaults.get("fused"))  # then step() takes found_inf, a tensor
 
     @property
     def param_groups(self):
@@ -2176,7 +2177,7 @@ class Optimizers:
             first += size
 
     def state_like(self):
-        """What a state has for each parameter, once it has been updated: {its number: {name: a tensor of the shape}}."""
+        """What a state has of each parameter, once that was updated: {its number: {name: a tensor of the shape}}."""
         kinds = {torch.optim.AdamW: lambda p: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p),
                  Muon: lambda p: dict(momentum_buffer=p)}
         parameters = ((kinds[type(one)], p) for one in self.each for group in one.param_groups for p in group["params"])
@@ -2184,19 +2185,14 @@ class Optimizers:
 
 
 def parameter_groups(model):
-    """Each parameter in one of four groups, as PARAMETER_GROUPS has them: {group: its parameters}."""
+    """Each parameter in one of four groups, {group: its parameters}: embeddings, tied to the head or not; the blocks'
+    matrices; an untied head; vectors and scalars."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups = {name: [] for name in PARAMETER_GROUPS}
+    groups = dict(embeddings=[], matrices=[], head=[], scalars=[])
     for p in model.parameters():
         head = "head" if p is model.lm_head.weight else "matrices"
         groups["embeddings" if id(p) in tables else head if p.dim() >= 2 else "scalars"].append(p)
     return groups
-
-
-PARAMETER_GROUPS = {  # group -> (field of AdamW's learning rate for it, 0 being learning_rate; whether it is decayed)
-    "embeddings": ("embedding_lr", True), "matrices": ("learning_rate", True), "head": ("head_lr", True),
-    "scalars": ("scalar_lr", False),
-}
 
 
 def make_optimizer(model, run, device):
@@ -2205,13 +2201,14 @@ def make_optimizer(model, run, device):
     plan times relative_lr."""
     groups, rows = parameter_groups(model), []
     muons = groups.pop("matrices") if run.optimizer == "muon" else []
+    rates = dict(embeddings=run.embedding_lr, head=run.head_lr, scalars=run.scalar_lr)  # 0: learning_rate
+    decayed = ("embeddings", "matrices", "head") if run.optimizer == "adamw" else ()
     for name, params in groups.items():
-        field, decayed = PARAMETER_GROUPS[name]
-        rate = getattr(run, field) or run.learning_rate
-        decay = run.weight_decay if decayed and run.optimizer == "adamw" else 0.0
+        rate, decay = rates.get(name) or run.learning_rate, run.weight_decay if name in decayed else 0.0
         rows.append(dict(params=params, lr=rate, weight_decay=decay, relative_lr=relative(rate, run)))
-    each = [torch.optim.AdamW([row for row in rows if row["params"]], lr=run.learning_rate, betas=(run.beta1, run.beta2),
-                              eps=run.adam_eps, fused=device.type == "cuda")]
+    rows = [row for row in rows if row["params"]]
+    each = [torch.optim.AdamW(rows, lr=run.learning_rate, betas=(run.beta1, run.beta2), eps=run.adam_eps,
+                              fused=device.type == "cuda")]
     if muons:
         parts = {id(module.weight): module.parts for module in model.modules() if isinstance(module, Linear)}
         row = dict(params=muons, parts=[parts[id(p)] for p in muons], relative_lr=relative(run.muon_lr, run))

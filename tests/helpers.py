@@ -29,7 +29,10 @@ def shrunk_preset(name, **changes):
         preset["n_kv_head"] = max(1, 6 * preset["n_kv_head"] // heads)
     if preset.get("window"):
         preset["window"] = preset["window"] // 100
+    if preset.get("value_embeddings"):
+        preset["value_embeddings"] = 1
     preset.pop("ffn_hidden", None)
+    preset.pop("zero_init", None)  # with which all logits begin as 0
     return small_config(**{**preset, **dict(n_layer=2, n_head=6, n_embd=24, vocab_size=61), **changes})
 
 

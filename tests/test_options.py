@@ -331,9 +331,11 @@ def test_two_processes_are_one(trainer, tmp_path, flags):
 LATER = {
     "network": ("tie_embeddings", "bias", "dropout", "norm", "norm_weights", "norm_eps", "position", "n_positions",
                 "mixer", "kv_rank", "rope_head_dim", "scale_attention", "ffn_hidden", "init_std", "mtp_heads",
-                "loss_clamp", "gradient_checkpointing"),
+                "loss_clamp", "gradient_checkpointing", "logit_softcap", "softmax_scale", "document_mask",
+                "value_embeddings", "x0_lambdas", "embd_norm", "embd_init_std", "zero_init"),
     "run": ("schedule", "min_lr_fraction", "compile_mode", "attention", "empty_cache_every", "save_every_minutes",
-            "keep_last", "nan_policy", "nan_limit", "deterministic"),
+            "keep_last", "nan_policy", "nan_limit", "deterministic", "optimizer", "embedding_lr", "head_lr", "scalar_lr",
+            "muon_lr", "muon_momentum", "momentum_warmup_steps", "cautious_weight_decay", "adam_eps"),
 }
 
 

@@ -59,7 +59,7 @@ def test_a_plan_reaches_optimizer_and_buffer():
     model = model_with_a_vector()
     optimizer = script.make_optimizer(model, small_run(), CPU)
     script.apply_plan(script.Plan(lr=0.125, mtp_weight=0.5), model, optimizer)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
+    assert [group["lr"] for group in optimizer.param_groups] == [0.125] * 3  # embedding, matrices, the vector
     assert model.mtp_weight_buffer.item() == 0.5
 
 
@@ -111,7 +111,7 @@ LOSS = torch.tensor(2.0)  # where nothing depends on it
 def sgd(*tensors):
     """Parameters and an optimizer whose step is the gradient itself."""
     parameters = [nn.Parameter(t) for t in tensors]
-    return parameters, torch.optim.SGD(parameters, lr=1.0)
+    return parameters, script.Optimizers(torch.optim.SGD(parameters, lr=1.0))
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0, 12.9, 13.1, 50.0])
@@ -178,7 +178,8 @@ def three_updates(fused, clip, bad):
     that is None is left out. Gives the states after the first, the second and the last, and the norms."""
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2))]
-    optimizer, numerics = torch.optim.AdamW(parameters, lr=0.1, fused=fused), script.Numerics("fp32", CPU)
+    optimizer = script.Optimizers(torch.optim.AdamW(parameters, lr=0.1, fused=fused))
+    numerics = script.Numerics("fp32", CPU)
     good = [(LOSS, [torch.randn(3, 2), torch.randn(2)]) for _ in range(2)]
     states, norms = [], []
     for loss, gradients in [good[0], *([bad] if bad else []), good[1]]:

@@ -208,7 +208,10 @@ class Family(NamedTuple):
     buffers: str  # pattern of what old files hold besides the weights
 
 
-PLAIN = dict(mixer=("attention",), qk_norm=(False,), post_norm=(False,), window=(0,), logit_softcap=(0.0,))
+PLAIN = dict(
+    mixer=("attention",), qk_norm=(False,), post_norm=(False,), window=(0,), logit_softcap=(0.0,), softmax_scale=(0.0,),
+    document_mask=(False,), value_embeddings=(0,), x0_lambdas=(False,), embd_norm=(False,),
+)
 FAMILIES = {
     "gpt2": Family(
         name="GPT2LMHeadModel", preset="gpt2", bias=True, read=gpt2_fields, write=gpt2_settings,
