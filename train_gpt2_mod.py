@@ -3306,6 +3306,7 @@ def kept_by_block(config):
     hidden = 2 * F if config.mlp == "swiglu" else F
     operands = C if config.precision == "fp8" else half * (2 * C + F)
     added = 2 * C * half if config.post_norm else 0  # attention's and the MLP's outputs, before their norms
+    added += C * stream if config.x0_lambdas else 0  # the stream before it was mixed
     return 2 * C * stream + half * (projected + copied + H * D + hidden) + 4 * H + operands + added
 
 
@@ -3327,7 +3328,8 @@ def memory_plan(config, run, model, world_size=1, training=True):
     head = max(logits, 4 * matrix * training) + streams + matrix * (half + 4 * heads * training)
     if not training:  # one block at a time, and nothing is kept for later
         return dict(weights=4 * parameters, gradients=0, optimizer=moments, activations=block, head=head)
-    kept, casts = blocks * block, 0
+    mixed = 3 * config.value_embeddings * config.n_kv_head * config.head_dim * half  # rows, and v of two blocks
+    kept, casts = blocks * block + tokens * (mixed + config.embd_norm * config.n_embd * stream), 0
     if config.gradient_checkpointing:
         kept = blocks * tokens * config.n_embd * stream + max(0, block - logits)
     elif config.precision not in ("fp32", "fp8"):  # each micro-batch keeps the blocks' matrices in the type of products
