@@ -697,10 +697,14 @@ def rule_warmdown(fields, typed, machine):
                 "is; drop one")
         require(fields["schedule"] == "linear", f"warmdown_fraction={share} would be ignored: "
                 f"schedule={fields['schedule']} has no warm-down; drop one of the two")
-    elif not share or "warmdown_iters" in typed or fields["schedule"] != "linear":
-        return {}, None
-    steps = min(round(share * fields["num_iterations"]), max(0, fields["num_iterations"] - fields["warmup_iters"]))
-    return dict(warmdown_iters=steps), f"warmdown_iters={steps}: {share:g} of num_iterations={fields['num_iterations']}"
+    changes, note, steps = {}, None, fields["num_iterations"]
+    if wanted or (share and "warmdown_iters" not in typed and fields["schedule"] == "linear"):
+        changes["warmdown_iters"] = min(round(share * steps), max(0, steps - fields["warmup_iters"]))
+        note = f"warmdown_iters={changes['warmdown_iters']}: {share:g} of num_iterations={steps}"
+    falls = fields["schedule"] != "linear" or changes.get("warmdown_iters", fields["warmdown_iters"])
+    if not falls and "min_lr_fraction" not in typed:  # a preset's gives way
+        changes["min_lr_fraction"] = 0.0
+    return changes, note
 
 
 def rule_checkpoints(fields, typed, machine):
@@ -2058,8 +2062,8 @@ def momentum_step(gradient, mean, momentum, skipped):
 
 
 def orthogonalized(x):
-    """The orthogonal matrix nearest to each of x (n, a, b), a <= b, roughly: all singular values come to between 0.7
-    and 1.2, by five steps of the quintic Newton-Schulz iteration of torch.optim.Muon, in bf16 on CUDA."""
+    """The orthogonal matrix nearest to each of x (n, a, b), a <= b, roughly: singular values above 0.0015 of x's norm
+    come to between 0.68 and 1.21, by five steps of the Newton-Schulz iteration of torch.optim.Muon, in bf16 on CUDA."""
     a, b, c = 3.4445, -4.7750, 2.0315
     y = x.bfloat16() if x.is_cuda else x
     y = y / y.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -2923,10 +2927,14 @@ def initial_fields(content):
     return {**field_defaults(GPTConfig), **field_defaults(TrainConfig), **network, "model": content["run"]["model"]}
 
 
-def refuse_other_network(config, origin):
-    """Raise ConfigError where the run's network is not that of the weights it starts from, if any."""
+def refuse_other_network(config, run, origin):
+    """Raise ConfigError where the run's network is not that of the weights it starts from, if any, or its optimizer not
+    that of the run it resumes."""
     if origin.content is None:
         return
+    used = origin.content["run"].get("optimizer")
+    require(not origin.resumed or used == run.optimizer, f"optimizer={run.optimizer}, and {origin.path} holds the "
+            f"state of {used}; drop the flag, or start from the weights alone with --init_from")
     saved, flag = GPTConfig(**origin.content["network"]), "resume" if origin.resumed else "init_from"
     other = next((name for name, value in config.network().items() if value != getattr(saved, name)), None)
     if other is None:
@@ -3306,7 +3314,7 @@ def kept_by_block(config):
     hidden = 2 * F if config.mlp == "swiglu" else F
     operands = C if config.precision == "fp8" else half * (2 * C + F)
     added = 2 * C * half if config.post_norm else 0  # attention's and the MLP's outputs, before their norms
-    added += C * stream if config.x0_lambdas else 0  # the stream before it was mixed
+    added += C * stream * config.x0_lambdas  # the stream before it was mixed
     return 2 * C * stream + half * (projected + copied + H * D + hidden) + 4 * H + operands + added
 
 
@@ -3328,7 +3336,7 @@ def memory_plan(config, run, model, world_size=1, training=True):
     head = max(logits, 4 * matrix * training) + streams + matrix * (half + 4 * heads * training)
     if not training:  # one block at a time, and nothing is kept for later
         return dict(weights=4 * parameters, gradients=0, optimizer=moments, activations=block, head=head)
-    mixed = 3 * config.value_embeddings * config.n_kv_head * config.head_dim * half  # rows, and v of two blocks
+    mixed = 3 * config.value_embeddings * config.n_kv_head * config.head_dim * half  # the rows, and v in two blocks
     kept, casts = blocks * block + tokens * (mixed + config.embd_norm * config.n_embd * stream), 0
     if config.gradient_checkpointing:
         kept = blocks * tokens * config.n_embd * stream + max(0, block - logits)
@@ -3380,7 +3388,7 @@ def dry_run(typed, origin):
     memory = torch.cuda.mem_get_info()[0] if asks else 0
     machine = Machine(world_size, device, device == "cuda", device == "cuda", vocab_size, memory)
     config, run, notes = resolve(typed, machine, origin.base)
-    refuse_other_network(config, origin)
+    refuse_other_network(config, run, origin)
     notes += [] if vocab_size else [f"no shards of --input_bin can be read: vocab_size={config.vocab_size} is assumed"]
     steps = run.num_iterations - (origin.content["step"] if origin.resumed else 0)
     with torch.device("meta"):
@@ -3480,7 +3488,7 @@ def start_run(typed, world, origin):
                         f"{val_shards.vocab_size}; name shards of one tokenizer")
     config, run, notes = resolve(typed, world.machine(shards.vocab_size), origin.base)
     notes += origin.notes
-    refuse_other_network(config, origin)
+    refuse_other_network(config, run, origin)
     kernel, note = attention_kernel(config, run, world)
     notes += [note] if note else []
     loader = DistributedDataLoader(shards, run, config.lookahead, world)

@@ -1,0 +1,434 @@
+#!/usr/bin/env python3
+"""Measure how soon d12_fast and d12 reach a loss, and what each part of d12_fast gains; print README.md's tables.
+
+    python docs/04-time-to-loss/measure.py --input_bin 'bench/train_*.bin' --input_val_bin 'bench/val_*.bin'
+    python docs/04-time-to-loss/measure.py --only sweep_d12 sweep_muon --budget_s 1500 --input_bin ...
+    python docs/04-time-to-loss/measure.py --parallel --input_bin ... --input_val_bin ...
+    python docs/04-time-to-loss/measure.py --table
+    python docs/04-time-to-loss/measure.py --plot
+
+The first runs what results.jsonl does not hold yet for this GPU and appends a record each: the SWEEPS with seed 1, then
+seed by seed the FULL runs and the LADDER. A run is its flags and its seed: one that is there is not run again when the
+script has changed, and its record says which version it is of. --only picks some by name, --seeds says how many,
+--budget_s when to stop; --parallel gives each GPU of the machine a run of its own. The last two only show.
+"""
+import argparse
+import collections
+import hashlib
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+SCRIPT, RESULTS, CURVE = ROOT / "train_gpt2_mod.py", HERE / "results.jsonl", HERE / "curve.png"
+sys.path.insert(0, str(HERE.parent))
+import measuring  # noqa: E402
+from measuring import table  # noqa: E402
+
+SHAPE = ("--batch_size 64 --sequence_length 1024 --total_batch_size 131072 --warmdown_fraction 0.6 "
+         "--min_lr_fraction 0.1 --no_save_checkpoints")
+SHORT = "--num_iterations 227 --val_loss_every 0"  # 29.8 M tokens, validated at the end
+D12 = "--model d12 --learning_rate {learning_rate} --warmup_iters {warmup_iters}"
+FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --learning_rate {learning_rate}"
+RATES = {  # those that the ladder and the full runs have; FAST's are the preset's
+    D12: dict(learning_rate="1e-3", warmup_iters="23"),
+    FAST: dict(muon_lr="0.025", embedding_lr="0.15", learning_rate="0.004"),
+}
+
+# name -> (the flags, the rate that is swept, its values)
+SWEEPS = {
+    "sweep_d12": (D12, "learning_rate", ("3e-4", "6e-4", "1e-3", "1.5e-3", "2e-3")),
+    "sweep_muon": (FAST, "muon_lr", ("0.0125", "0.025", "0.05")),
+    "sweep_embedding": (FAST, "embedding_lr", ("0.05", "0.15", "0.45")),
+    "sweep_head": (FAST, "learning_rate", ("0.002", "0.004", "0.008")),  # of d12_fast only the head has it
+}
+
+# rung -> (what it adds to the flags of the rung before, in words); of a flag that stands twice the last counts
+LADDER = {
+    "adamw": (D12.format(**RATES[D12]), "`d12` with AdamW, at the best rate of its sweep"),
+    "muon": ("--optimizer muon --muon_lr 0.025 --beta1 0.8 --adam_eps 1e-10 --grad_clip 0 --warmup_iters 0",
+             "Muon for the blocks' matrices; AdamW, for the rest, with d12_fast's settings; no warm-up, no clipping"),
+    "untied": ("--no_tie_embeddings --learning_rate 0.004", "a head of its own, and a rate for it"),
+    "qk_norm": ("--qk_norm --n_head 6", "queries and keys normalised, 6 heads of 128 for 12 of 64"),
+    "relu2": ("--mlp relu2", "ReLU squared for GELU"),
+    "zero_init": ("--zero_init", "head and matrices into the stream begin at 0"),
+    "no_attention_scale": ("--no_scale_attention", "attention added as it is, not by 1/sqrt(24)"),
+    "embd_norm": ("--embd_norm --embd_init_std 1 --embedding_lr 0.15",
+                  "the embedding normalised; its numbers begin at a size of 1, with a rate to match"),
+    "x0_lambdas": ("--x0_lambdas --scalar_lr 0.02", "each block begins with a x + b x0"),
+    "value_embeddings": ("--value_embeddings 3", "three tables of embeddings in the values of six blocks"),
+    "softcap": ("--logit_softcap 15", "logits bent to stay within 15"),
+    "softmax_scale": ("--softmax_scale 0.12", "scores times 0.12, not 1/sqrt(128) = 0.088"),
+    "cautious_weight_decay": ("--cautious_weight_decay", "decay only where the update shrinks the weight too"),
+    "momentum_warmup": ("--momentum_warmup_steps 300", "Muon's momentum from 0.85 to 0.95 over 300 steps"),
+    "fp8_head": ("--precision fp8_head", "two of the head's three products in float8: for speed"),
+    "document_mask": ("--document_mask", "no attention to other documents, in validation neither"),
+}
+DROPPED = ()  # rungs that were measured and not kept: those after them are without
+BEYOND_PRESET = ("fp8_head", "document_mask")  # rungs that the preset d12_fast leaves to the user
+
+FULL = {
+    "d12": f"{D12.format(**RATES[D12] | dict(warmup_iters='76'))} --num_iterations 763 --val_loss_every 50 {SHAPE}",
+    "d12_fast": f"--model d12_fast --num_iterations 1100 --val_loss_every 50 {SHAPE}",
+}
+LOSSES = (4.914, 4.01, 3.80, 3.416)  # of the public trainers' curves, see README.md
+LEVEL = 0.05  # of p, below which two rungs are told apart
+MARGIN = 1.1  # on the seconds that a run is expected to take
+STOPPED = 75  # the script's exit code when a signal ended it
+
+
+class Run(NamedTuple):
+    kind: str
+    name: str
+    flags: str
+
+    @property
+    def steps(self):
+        return int(re.findall(r"--num_iterations (\d+)", self.flags)[-1])
+
+
+def swept(name):
+    """[(value, Run)] of a sweep."""
+    flags, rate, values = SWEEPS[name]
+    return [(value, Run("sweep", name, f"{flags.format(**RATES[flags] | {rate: value})} {SHORT} {SHAPE}"))
+            for value in values]
+
+
+def ladder():
+    """{rung: (the rung it is compared with, None for the first; its Run)}"""
+    found, before, kept = {}, None, ""
+    for rung, (adds, _) in LADDER.items():
+        flags = f"{kept} {adds}".strip()
+        found[rung] = before, Run("ladder", rung, f"{flags} {SHORT} {SHAPE}")
+        if rung not in DROPPED:
+            before, kept = rung, flags
+    return found
+
+
+def runs(only, seeds):
+    """[(Run, seed)] in the order of running: each of its flags and seed once."""
+    each = [Run("full", name, flags) for name, flags in FULL.items()] + [run for _, run in ladder().values()]
+    found = [(run, 1) for name in SWEEPS for _, run in swept(name)]
+    found += [(run, seed) for seed in range(1, seeds + 1) for run in each]
+    once = {}
+    for run, seed in found:
+        if not only or run.name in only:
+            once.setdefault((run.flags, seed), (run, seed))
+    return list(once.values())
+
+
+def results():
+    return measuring.read(RESULTS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def source():
+    """The SHA-256 of the script and its kernel."""
+    files = ("train_gpt2_mod.py", "fused_softmax.py")
+    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
+
+
+def measure(run, seed, data, device, beside):
+    """Run the script once, on one GPU by its number (None: the first), beside so many others; its record without the
+    name of the GPU."""
+    environment = {**os.environ, **({} if device is None else dict(CUDA_VISIBLE_DEVICES=device))}
+    before, begin = source(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as logs:
+        command = [sys.executable, SCRIPT, *run.flags.split(), "--seed", str(seed), *data, "--output_dir", logs]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
+        records = [json.loads(line) for line in next(Path(logs).glob("*/metrics.jsonl")).read_text().splitlines()]
+    found = dict(**run._asdict(), seed=seed, **figures(records), wall_s=time.perf_counter() - begin, beside=beside)
+    said = re.search(r"^data: (.*)$", done.stdout, re.M)
+    return found | dict(data=said and said[1], script_sha256=before)
+
+
+def figures(records):
+    """What metrics.jsonl says of a run. Seconds are those of training, without validation."""
+    steps = [r for r in records if "step_ms" in r]
+    curve = [(r["step"], r["tokens"], r["time"] / 1000, r["val_loss"]) for r in records if "val_loss" in r]
+    last = steps[-1]
+    return dict(
+        val_loss=curve[-1][-1], curve=curve, tokens_per_second=last["tokens_per_second"],
+        step_avg_ms=last["step_avg_ms"], peak_mem_MB=last["peak_mem_MB"], first_step_s=steps[0]["step_ms"] / 1000,
+    )
+
+
+def expected_seconds(run, rows):
+    """What a run will take by those so far, of the same flags if there are any: its steps, and what such a run took
+    beyond them. 0 where there is none."""
+    like = [r for r in rows if r["flags"] == run.flags] or rows
+    if not like:
+        return 0.0
+    beyond = max(r["wall_s"] - r["curve"][-1][0] * r["step_avg_ms"] / 1000 for r in like)
+    return MARGIN * (beyond + run.steps * max(r["step_avg_ms"] for r in like) / 1000)
+
+
+def why(error):
+    """A run's failure in a line."""
+    if isinstance(error, subprocess.CalledProcessError):
+        last = ((error.stderr or "").strip().splitlines() or ["it said nothing"])[-1]
+        return f"exit code {error.returncode}: {last}"
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def run_all(tasks, gpu, torch_version, devices, end, data):
+    """Run the tasks [(Run, seed)], each device one at a time, and append their records; how many failed. None begins
+    that would not be done by `end`, of time.monotonic()."""
+    waiting, lock, failures = collections.deque(tasks), threading.Lock(), []
+
+    def take():
+        with lock:
+            mine = [r for r in results() if r["gpu"] == gpu]
+            if waiting and time.monotonic() + expected_seconds(waiting[0][0], mine) > end:
+                print(f"no time left for {waiting[0][0].name}: {len(waiting)} runs are still to do", flush=True)
+                waiting.clear()
+            return waiting.popleft() if waiting else None
+
+    def work(device):
+        while task := take():
+            run, seed = task
+            try:
+                row = measure(run, seed, data, device, len(devices) - 1)
+            except Exception as error:  # whatever it is, the next run may do
+                with lock:
+                    failures.append(task)
+                    print(f"failed: {run.kind} {run.name}, seed {seed}: {why(error)}", flush=True)
+                    if getattr(error, "returncode", 0) == STOPPED:
+                        waiting.clear()
+                continue
+            with lock:
+                measuring.append(RESULTS, dict(row, gpu=gpu, torch=torch_version))
+                print(f"{run.kind} {run.name}, seed {seed}: loss {row['val_loss']:.4f}, "
+                      f"{row['tokens_per_second']:,.0f} tokens/s, {row['wall_s']:.0f} s in all", flush=True)
+
+    if len(devices) == 1:
+        work(devices[0])
+        return len(failures)
+    with ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            list(pool.map(work, devices))
+        finally:
+            waiting.clear()  # Ctrl-C ends the runs that are under way, and no other begins
+    return len(failures)
+
+
+def devices_of(parallel):
+    """The numbers of the GPUs to use as CUDA_VISIBLE_DEVICES takes them; None is the first, whatever it is."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    every = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+    return every if parallel else [None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def beta_share(x, a, b):
+    """The regularised incomplete beta function I_x(a, b): the integral of u^(a-1) (1-u)^(b-1) from 0 to x as a share of
+    that to 1, by its power series."""
+    if x > 0.5:  # where the series of the other side is short
+        return 1.0 - beta_share(1.0 - x, b, a)
+    term, total = 1.0, 1.0 / a
+    for n in range(1, 200):
+        term *= (n - b) / n * x
+        total += term / (a + n)
+    return x**a * total * math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+
+
+def welch(a, b):
+    """The two-sided p of Welch's t-test (1947, Biometrika 34) that two lists of numbers have one mean; None for fewer
+    than two numbers in either."""
+    if min(len(a), len(b)) < 2:
+        return None
+    apart = statistics.fmean(a) - statistics.fmean(b)
+    shares = [statistics.variance(z) / len(z) for z in (a, b)]
+    if sum(shares) == 0:
+        return float(apart == 0)
+    freedom = sum(shares) ** 2 / sum(s**2 / (len(z) - 1) for s, z in zip(shares, (a, b)))
+    return beta_share(freedom / (freedom + apart**2 / sum(shares)), freedom / 2, 0.5)
+
+
+def learning_curve(row):
+    """[(seconds, tokens, loss)], the first step counted as an average one: compilation is left out, as in the
+    published curves."""
+    compiling = row["first_step_s"] - row["step_avg_ms"] / 1000
+    return [(seconds - compiling, tokens, loss) for _, tokens, seconds, loss in row["curve"]]
+
+
+def reached(curve, target):
+    """(seconds, tokens) at which a curve first is at most the target, linearly between its points; None if it never is,
+    or is from its first point on."""
+    for (t0, n0, above), (t1, n1, below) in zip(curve, curve[1:]):
+        if above > target >= below:
+            share = (above - target) / (above - below)
+            return t0 + share * (t1 - t0), n0 + share * (n1 - n0)
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def losses(rows, run):
+    """{seed: validation loss} of a run."""
+    return {r["seed"]: r["val_loss"] for r in rows if r["flags"] == run.flags}
+
+
+def mean(values):
+    return statistics.fmean(values) if values else None
+
+
+def verdict(difference, p):
+    if p is None:
+        return "-"
+    return "not told apart" if p >= LEVEL else "better" if difference < 0 else "worse"
+
+
+def ladder_table(rows):
+    lines, rungs = [], ladder()
+    for rung, (before, run) in rungs.items():
+        mine = [r for r in rows if r["flags"] == run.flags]
+        values = list(losses(rows, run).values())
+        others = list(losses(rows, rungs[before][1]).values()) if before else []
+        if not mine:
+            continue
+        apart, p = (mean(values) - mean(others) if others else None), welch(values, others)
+        lines.append([
+            f"`{rung}`" + " (dropped)" * (rung in DROPPED), LADDER[rung][1], str(len(values)),
+            f"{mean([r['tokens_per_second'] for r in mine]):,.0f}", f"{max(r['peak_mem_MB'] for r in mine):,}",
+            f"{mean(values):.4f}", f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-",
+            "-" if apart is None else f"{apart:+.4f}", "-" if p is None else f"{p:.3g}", verdict(apart, p),
+        ])
+    return lines and table(["rung", "what it adds", "seeds", "tokens/s", "MiB", "loss", "std", "to the rung before",
+                            "p", ""], lines)
+
+
+def place(seconds, tokens):
+    return f"{seconds:.1f} s, {tokens / 1e6:.1f} M"
+
+
+def full_table(rows):
+    lines = []
+    for name, flags in FULL.items():
+        for r in sorted((r for r in rows if r["flags"] == flags), key=lambda r: r["seed"]):
+            curve = learning_curve(r)
+            found = [reached(curve, target) for target in LOSSES]
+            lines.append([f"`{name}`", str(r["seed"]), f"{r['tokens_per_second']:,.0f}", f"{r['peak_mem_MB']:,}",
+                          f"{r['first_step_s']:.1f}", *(place(*f) if f else "-" for f in found),
+                          f"{r['val_loss']:.4f} at {place(*curve[-1][:2])}"])
+    heads = [f"to {target:.3f}" for target in LOSSES]
+    return lines and table(["run", "seed", "tokens/s", "MiB", "first step s", *heads, "last loss"], lines)
+
+
+def sweep_table(rows):
+    lines = []
+    for name, (flags, rate, values) in SWEEPS.items():
+        found = {value: losses(rows, run)[1] for value, run in swept(name) if 1 in losses(rows, run)}
+        if not found:
+            continue
+        best = min(found, key=found.get)
+        best += " (the end of the row)" * (best in (values[0], values[-1]))
+        each = ", ".join(f"{value}: {loss:.4f}" for value, loss in found.items())
+        lines.append([f"`{name}`", f"`{flags.split()[1]}`, {rate}", each,
+                      best if len(found) == len(values) else "not all measured", RATES[flags][rate]])
+    return lines and table(["sweep", "what is swept", "loss by its value", "best", "taken"], lines)
+
+
+def tables(rows):
+    """The Markdown tables of a GPU's rows: the full runs, the ladder, the sweeps; of a run that is there twice its
+    newest record."""
+    rows = list({(r["flags"], r["seed"]): r for r in rows}.values())
+    return [found for found in (full_table(rows), ladder_table(rows), sweep_table(rows)) if found]
+
+
+def plot():
+    """Write curve.png; the exit code."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("error: --plot needs the package matplotlib; pip install matplotlib", file=sys.stderr)
+        return 2
+    full = [(name, r) for name, flags in FULL.items() for r in results() if r["flags"] == flags]
+    if not full:
+        print("error: results.jsonl holds no full run; --only d12 d12_fast measures them", file=sys.stderr)
+        return 2
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for name, r in full:
+        seconds, _, values = zip(*learning_curve(r))
+        axes.plot(seconds, values, label=f"{name}, seed {r['seed']}, {r['gpu']}")
+    for target in LOSSES:
+        axes.axhline(target, color="0.8", linewidth=0.8, zorder=0)
+    axes.set(xlabel="seconds of training, compilation left out", ylabel="validation loss, nats a token")
+    axes.legend()
+    figure.savefig(CURVE, dpi=150)
+    print(f"{CURVE.name} has {len(full)} runs")
+    return 0
+
+
+def print_tables():
+    found = results()
+    if not found:
+        print("results.jsonl holds nothing: not measured yet")
+    for gpu, rows in measuring.by_gpu(found):
+        versions = ", ".join(dict.fromkeys(r["script_sha256"][:8] for r in rows))
+        print("\n\n".join([f"{gpu}, torch {rows[-1]['torch']}, script {versions}", *tables(rows)]) + "\n")
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
+    parser.add_argument("--plot", action="store_true", help="write curve.png from its full runs and stop")
+    parser.add_argument("--only", nargs="+", choices=[*SWEEPS, *FULL, *LADDER], help="these alone")
+    parser.add_argument("--seeds", type=int, default=3, help="of each rung and each full run [3]")
+    parser.add_argument("--budget_s", type=float, default=math.inf, help="begin no run that would end later than this")
+    parser.add_argument("--parallel", action="store_true", help="one run on each GPU at a time")
+    parser.add_argument("--input_bin", help="training shards, as train_gpt2_mod.py takes them")
+    parser.add_argument("--input_val_bin", help="validation shards")
+    return parser
+
+
+def main(argv=None):
+    """The exit code: 1 if a run failed."""
+    end, args = time.monotonic(), make_parser().parse_args(argv)
+    if args.plot:
+        return plot()
+    failed = 0
+    if not args.table:
+        gpu = measuring.gpu_name()
+        import torch
+
+        data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
+                for word in (f"--{name}", getattr(args, name))]
+        done = {(r["flags"], r["seed"]) for r in results() if r["gpu"] == gpu}
+        tasks = [(run, seed) for run, seed in runs(args.only, args.seeds) if (run.flags, seed) not in done]
+        failed = run_all(tasks, gpu, torch.__version__, devices_of(args.parallel), end + args.budget_s, data)
+    print_tables()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: results.jsonl holds what was measured before")

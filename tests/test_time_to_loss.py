@@ -1,0 +1,480 @@
+"""docs/04-time-to-loss: its commands and their tokens, the ladder against the preset, its statistics by another way,
+and what is run, with a stand-in for the script."""
+import dataclasses
+import importlib.util
+import json
+import math
+import random
+import re
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2_mod as script
+
+ROOT = Path(script.__file__).resolve().parent
+FOLDER = ROOT / "docs" / "04-time-to-loss"
+spec = importlib.util.spec_from_file_location("measure_04", FOLDER / "measure.py")
+fast = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fast)
+
+EVERY = fast.runs(None, 1)
+TOKENS = dict(sweep=29_753_344, ladder=29_753_344, d12=100_007_936, d12_fast=144_179_200)
+
+
+def resolved(flags):
+    return script.resolve(script.parse_flags(flags.split()), script.ANY_MACHINE)[:2]
+
+
+def without(config, *names):
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in names}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The runs
+
+
+@pytest.mark.parametrize("run", [run for run, _ in EVERY], ids=lambda run: f"{run.kind}-{run.name}")
+def test_the_commands_resolve(run):
+    _, settings = resolved(run.flags)
+    assert settings.tokens_per_step == 131072 and settings.batch_size == 64 and settings.sequence_length == 1024
+    assert settings.num_iterations == run.steps and not settings.save_checkpoints
+    assert run.steps * settings.tokens_per_step == TOKENS[run.name if run.kind == "full" else run.kind]
+    assert settings.warmdown_iters == round(0.6 * run.steps) and settings.min_lr_fraction == 0.1  # to its end
+    assert settings.val_loss_every == (50 if run.kind == "full" else 0)
+
+
+def test_each_rung_is_one_change_and_the_last_of_the_preset_is_the_preset():
+    rungs = {rung: (before, resolved(run.flags)) for rung, (before, run) in fast.ladder().items()}
+    for rung, (before, found) in rungs.items():
+        assert before is None or found != rungs[before][1], rung
+    assert list(rungs)[-len(fast.BEYOND_PRESET) :] == list(fast.BEYOND_PRESET)
+    last = list(rungs)[-len(fast.BEYOND_PRESET) - 1]
+    network, run = rungs[last][1]
+    preset = resolved(f"--model d12_fast {fast.SHORT} {fast.SHAPE}")
+    assert network == preset[0] and without(run, "model") == without(preset[1], "model")
+    for _, (network, run) in [rungs[rung] for rung in fast.BEYOND_PRESET]:
+        beyond = ("precision", "document_mask")
+        assert without(network, *beyond) == without(preset[0], *beyond)
+        assert without(run, "model") == without(preset[1], "model")
+
+
+def test_the_shape_and_the_rates_are_the_presets_own():
+    schedule = re.sub(r"--(warmdown_fraction|min_lr_fraction|total_batch_size) \S+", "", fast.SHAPE)
+    whole = resolved(f"--model d12_fast {fast.SHAPE}")
+    assert schedule != fast.SHAPE and resolved(f"--model d12_fast {schedule}") == whole
+    assert resolved(f"{fast.FAST.format(**fast.RATES[fast.FAST])} {fast.SHAPE}") == whole
+    assert resolved(fast.FULL["d12_fast"])[1].num_iterations == whole[1].num_iterations
+
+
+def test_a_sweep_changes_one_rate():
+    for name, (flags, rate, values) in fast.SWEEPS.items():
+        assert fast.RATES[flags][rate] in values and len(set(values)) == len(values)
+        found = [resolved(run.flags)[1] for _, run in fast.swept(name)]
+        assert [getattr(run, rate) for run in found] == [float(value) for value in values] == sorted(map(float, values))
+        assert all(without(run, rate) == without(found[0], rate) for run in found)
+    rung = fast.ladder()["adamw"][1]
+    assert rung.flags in [run.flags for _, run in fast.swept("sweep_d12")]  # measured once for both
+
+
+def test_a_dropped_rung_is_not_in_those_after_it(monkeypatch):
+    with_all = {rung: run for rung, (_, run) in fast.ladder().items()}
+    monkeypatch.setattr(fast, "DROPPED", ("relu2", "zero_init"))
+    rungs = fast.ladder()
+    assert [rungs[rung][0] for rung in ("relu2", "zero_init", "no_attention_scale", "embd_norm")] == [
+        "qk_norm", "qk_norm", "qk_norm", "no_attention_scale"]
+    assert rungs["qk_norm"][1] == with_all["qk_norm"] and rungs["relu2"][1] == with_all["relu2"]
+    assert "--mlp relu2" not in rungs["zero_init"][1].flags and "--zero_init" in rungs["zero_init"][1].flags
+    assert resolved(rungs["document_mask"][1].flags)[0].mlp == "gelu"
+
+
+def test_the_order_of_the_runs():
+    runs = fast.runs(None, 3)
+    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 65
+    assert [run.kind for run, _ in runs[:12]] == ["sweep"] * 12 and {seed for _, seed in runs[:12]} == {1}
+    assert [seed for _, seed in runs] == sorted(seed for _, seed in runs)
+    assert [(run.name, seed) for run, seed in fast.runs(["d12", "adamw"], 2)] == [
+        ("d12", 1), ("adamw", 1), ("d12", 2), ("adamw", 2)]
+    assert len(fast.runs(["sweep_head"], 3)) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def p_by_integration(t, freedom):
+    """1 - the integral of Student's density from -t to t, by Simpson's rule."""
+    x = np.linspace(-t, t, 20001)
+    log = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+    density = np.exp(log - (freedom + 1) / 2 * np.log1p(x**2 / freedom))
+    weights = np.where(np.arange(len(x)) % 2, 4.0, 2.0)
+    weights[[0, -1]] = 1.0
+    return 1 - (weights * density).sum() * (x[1] - x[0]) / 3
+
+
+def welch_by_hand(a, b):
+    sa, sb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
+    freedom = (sa + sb) ** 2 / (sa**2 / (len(a) - 1) + sb**2 / (len(b) - 1))
+    return p_by_integration(abs(np.mean(a) - np.mean(b)) / math.sqrt(sa + sb), freedom)
+
+
+def test_welch_against_the_integral():
+    draw = random.Random(1)
+    for size in (2, 3, 4, 10, 30):
+        for apart in (0.0, 0.3, 1.0, 3.0):
+            a = [draw.gauss(apart, 1) for _ in range(size)]
+            b = [draw.gauss(0, draw.choice((0.1, 1, 5))) for _ in range(draw.choice((2, 3, size)))]
+            assert fast.welch(a, b) == pytest.approx(welch_by_hand(a, b), abs=1e-7)
+            assert fast.welch(b, a) == pytest.approx(fast.welch(a, b), abs=1e-12)
+
+
+@pytest.mark.parametrize("freedom, t", [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (10, 2.22814),
+                                        (30, 2.04227)])
+def test_the_quantiles_of_the_tables(freedom, t):
+    """97.5% quantiles of Student's t, as printed in any table of it."""
+    assert fast.beta_share(freedom / (freedom + t**2), freedom / 2, 0.5) == pytest.approx(0.05, abs=1e-6)
+
+
+def test_closed_forms_of_the_beta_function():
+    for x in (0.0, 0.1, 0.5, 0.51, 0.9, 1.0):
+        assert fast.beta_share(x, 1, 1) == pytest.approx(x)
+        assert fast.beta_share(x, 0.5, 0.5) == pytest.approx(2 / math.pi * math.asin(math.sqrt(x)))
+        assert fast.beta_share(x, 3, 2) == pytest.approx(4 * x**3 - 3 * x**4)
+
+
+def test_welch_at_its_edges():
+    assert fast.welch([1.0], [2.0, 3.0]) is None and fast.welch([1.0, 2.0], []) is None
+    assert fast.welch([1.0, 1.0], [1.0, 1.0]) == 1.0 and fast.welch([1.0, 1.0], [2.0, 2.0]) == 0.0
+    assert fast.welch([1.0, 1.0], [1.0, 2.0]) == pytest.approx(p_by_integration(1.0, 1))
+    assert fast.welch([3.0, 4.0], [3.0, 4.0]) == pytest.approx(1.0)
+
+
+def test_a_loss_is_reached_between_two_validations():
+    curve = [(10.0, 100, 6.0), (20.0, 200, 5.0), (30.0, 300, 5.5), (40.0, 400, 4.0)]
+    assert fast.reached(curve, 5.25) == pytest.approx((17.5, 175))
+    assert fast.reached(curve, 5.0) == (20.0, 200)  # the first time
+    assert fast.reached(curve, 4.75) == pytest.approx((35.0, 350)) and fast.reached(curve, 4.0) == (40.0, 400)
+    assert fast.reached(curve, 3.9) is None and fast.reached(curve, 6.5) is None and fast.reached([], 5.0) is None
+
+
+def test_compilation_is_not_in_the_seconds():
+    row = dict(first_step_s=30.5, step_avg_ms=500.0, curve=[(2, 20, 31.0, 9.0), (10, 100, 35.0, 6.0)])
+    assert fast.learning_curve(row) == [(1.0, 20, 9.0), (5.0, 100, 6.0)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running, with a stand-in that writes what the script would
+
+STAND_IN = '''
+import json, os, sys, pathlib
+typed = dict(zip(sys.argv, sys.argv[1:]))
+open(CALLS, "a").write(json.dumps([sys.argv[1:], os.environ.get("CUDA_VISIBLE_DEVICES")]) + "\\n")
+if "--mlp" in typed and os.path.exists(BROKEN):
+    print("a warning", file=sys.stderr)
+    print("error: out of luck", file=sys.stderr)
+    sys.exit(int(open(BROKEN).read()))
+steps, seed = int(typed["--num_iterations"]), int(typed["--seed"])
+folder = pathlib.Path(typed["--output_dir"]) / "run"
+folder.mkdir(parents=True)
+records = []
+for step in range(1, steps + 1):
+    common = dict(step=step, tokens=131072 * step, time=20000 + 250.0 * (step - 1))
+    records.append(dict(common, train_loss=5.0, tokens_per_second=524288.0, step_avg_ms=250.0, peak_mem_MB=20000 + seed,
+                        step_ms=20000.0 if step == 1 else 250.0))
+    if step == steps or (typed["--val_loss_every"] != "0" and step % int(typed["--val_loss_every"]) == 0):
+        records.append(dict(common, val_loss=8 - 4 * step / steps + 0.001 * seed))
+(folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in records))
+print("first step done after 20.0 s, with what compiles and allocates")
+print("data: 29,800,000 training tokens in 1 shards, vocabulary 50257")
+'''
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """The program on a GPU that is not there, with the stand-in; `calls()` are the stand-in's, [flags, its GPU]."""
+    broken, calls = tmp_path / "broken", tmp_path / "calls.jsonl"
+    stand_in = STAND_IN.replace("CALLS", repr(str(calls))).replace("BROKEN", repr(str(broken)))
+    (tmp_path / "script.py").write_text(stand_in)
+    for name, path in (("SCRIPT", "script.py"), ("RESULTS", "results.jsonl"), ("CURVE", "curve.png")):
+        monkeypatch.setattr(fast, name, tmp_path / path)
+    monkeypatch.setattr(fast.measuring, "gpu_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def said():
+        return [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+    return types.SimpleNamespace(broken=broken, calls=said, folder=tmp_path)
+
+
+def test_a_run_and_its_record(bench, capsys):
+    assert fast.main("--only d12 --seeds 1 --input_bin x*.bin --input_val_bin v*.bin".split()) == 0
+    (words, device), = bench.calls()
+    assert device is None and " ".join(words).startswith(f"{fast.FULL['d12']} --seed 1 --input_bin x*.bin "
+                                                         "--input_val_bin v*.bin --output_dir ")
+    row, = fast.results()
+    assert (row["kind"], row["name"], row["flags"], row["seed"]) == ("full", "d12", fast.FULL["d12"], 1)
+    assert row["curve"][0] == [50, 6_553_600, 32.25, pytest.approx(8.001 - 200 / 763)] and len(row["curve"]) == 16
+    assert row["val_loss"] == row["curve"][-1][-1] == pytest.approx(4.001)
+    assert (row["gpu"], row["torch"], row["first_step_s"]) == ("A GPU", torch.__version__, 20.0)
+    assert (row["tokens_per_second"], row["step_avg_ms"], row["peak_mem_MB"]) == (524288.0, 250.0, 20001)
+    assert re.fullmatch("[0-9a-f]{64}", row["script_sha256"]) and row["script_sha256"] == fast.source()
+    assert row["data"] == "29,800,000 training tokens in 1 shards, vocabulary 50257" and 0 < row["wall_s"] < 60
+    out = capsys.readouterr().out
+    assert "full d12, seed 1: loss 4.0010, 524,288 tokens/s" in out
+    assert str(bench.folder) not in fast.RESULTS.read_text() and "x*.bin" not in fast.RESULTS.read_text()
+    seconds = 190.75 * (8.001 - 4.914) / 4  # 763 steps of 0.25 s, straight from 8 to 4
+    assert f"| {seconds:.1f} s, {seconds / 0.25 * 131072 / 1e6:.1f} M |" in out
+    assert "| `d12` | 1 | 524,288 | 20,001 | 20.0 |" in out
+
+
+def test_the_figures_of_a_run_of_the_script(trainer):
+    """The stand-in writes what the script writes."""
+    run = trainer.run("--no_save_checkpoints")
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    found, last = fast.figures(records), [r for r in records if "train_loss" in r][-1]
+    assert [point[:2] for point in found["curve"]] == [(3, 192), (6, 384)]
+    assert found["val_loss"] == found["curve"][-1][-1] == records[-1]["val_loss"]
+    assert found["curve"][-1][2] == pytest.approx(last["time"] / 1000) and last["time"] / 1000 > found["first_step_s"]
+    assert re.search(rf"first step done after {found['first_step_s']:.1f} s", run.out)
+    assert re.search(r"^data: .*training tokens", run.out, re.M)
+    assert (found["step_avg_ms"], found["peak_mem_MB"]) == (last["step_avg_ms"], last["peak_mem_MB"])
+
+
+def test_nothing_is_run_twice(bench, monkeypatch):
+    only = ["--only", "adamw", "muon", "--seeds", "2"]
+    assert fast.main(only) == 0 and len(bench.calls()) == 4
+    monkeypatch.setattr(fast, "source", lambda: "another")
+    assert fast.main(only) == 0 and len(bench.calls()) == 4  # another version, and its records say which they are of
+    assert fast.main(["--only", "adamw", "--seeds", "3"]) == 0 and len(bench.calls()) == 5
+    assert [row["script_sha256"] == "another" for row in fast.results()] == [False] * 4 + [True]
+    assert fast.main(["--only", "sweep_d12"]) == 0 and len(bench.calls()) == 9  # the rung is one of its five
+    monkeypatch.setattr(fast.measuring, "gpu_name", lambda: "Another GPU")
+    assert fast.main(["--only", "adamw", "--seeds", "1"]) == 0 and len(bench.calls()) == 10
+
+
+def test_a_failed_run_is_said_and_the_next_goes_on(bench, capsys):
+    bench.broken.write_text("2")
+    assert fast.main("--only qk_norm relu2 zero_init untied --seeds 1".split()) == 1
+    assert [row["name"] for row in fast.results()] == ["untied", "qk_norm"]
+    out = capsys.readouterr().out
+    assert "failed: ladder relu2, seed 1: exit code 2: error: out of luck\n" in out and len(bench.calls()) == 4
+    assert "failed: ladder zero_init" in out and "Traceback" not in out
+    bench.broken.unlink()
+    assert fast.main("--only qk_norm relu2 zero_init untied --seeds 1".split()) == 0
+    assert len(fast.results()) == 4 and len(bench.calls()) == 6
+
+
+def test_after_a_signal_nothing_else_begins(bench):
+    bench.broken.write_text(str(fast.STOPPED))
+    assert fast.STOPPED == script.Stopped.exit_code
+    assert fast.main("--only qk_norm relu2 zero_init --seeds 1".split()) == 1
+    assert len(bench.calls()) == 2 and [row["name"] for row in fast.results()] == ["qk_norm"]
+
+
+def test_an_interruption_loses_no_record(bench, monkeypatch):
+    measure = fast.measure
+
+    def interrupted(run, *rest):
+        if run.name == "untied":
+            raise KeyboardInterrupt
+        return measure(run, *rest)
+
+    monkeypatch.setattr(fast, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fast.main("--only adamw muon untied --seeds 1".split())
+    assert [row["name"] for row in fast.results()] == ["adamw", "muon"]
+
+
+def made_up(run, seed, **figures):
+    loss = figures.pop("val_loss", 4.0)
+    curve = figures.pop("curve", [(run.steps, run.steps * 131072, 20 + 0.25 * run.steps, loss)])
+    return dict(dict(**run._asdict(), seed=seed, val_loss=loss, curve=curve, tokens_per_second=524288.0,
+                     step_avg_ms=250.0, peak_mem_MB=20000, first_step_s=20.25, wall_s=100.0, gpu="A GPU",
+                     torch="2.11.0", script_sha256="abcdef0123", beside=0, data=None), **figures)
+
+
+def test_what_a_run_is_expected_to_take():
+    short, full = fast.ladder()["muon"][1], fast.Run("full", "d12", fast.FULL["d12"])
+    rows = [made_up(short, 1, wall_s=100.0), made_up(short, 2, wall_s=90.0, step_avg_ms=200.0)]
+    beyond = max(100 - 227 * 0.25, 90 - 227 * 0.2)
+    assert fast.expected_seconds(full, []) == 0
+    assert fast.expected_seconds(full, rows) == pytest.approx(1.1 * (beyond + 763 * 0.25))
+    slow = made_up(full, 1, wall_s=400.0, step_avg_ms=300.0)
+    assert fast.expected_seconds(short, [*rows, slow]) == pytest.approx(1.1 * (beyond + 227 * 0.25))  # its own
+    assert fast.expected_seconds(full, [*rows, slow]) == pytest.approx(1.1 * 400)
+
+
+def test_the_budget_stops_before_a_run_that_would_not_end_in_it(bench, monkeypatch, capsys):
+    assert fast.main("--only adamw --seeds 1 --budget_s 1000".split()) == 0  # nothing to go by: it begins
+    took = fast.results()[0]["wall_s"]
+    rows = [dict(row, wall_s=100.0) for row in fast.results()]
+    fast.RESULTS.write_text(json.dumps(rows[0]) + "\n")
+    assert took < 60
+    assert fast.main("--only adamw muon untied --seeds 1 --budget_s 109".split()) == 0 and len(bench.calls()) == 1
+    assert "no time left for muon: 2 runs are still to do\n" in capsys.readouterr().out
+    assert fast.main("--only adamw muon untied --seeds 1 --budget_s 200".split()) == 0 and len(bench.calls()) == 3
+
+
+@pytest.mark.parametrize("visible, devices", [(None, {"0", "1"}), ("5,GPU-7", {"5", "GPU-7"})])
+def test_each_gpu_has_a_run_of_its_own(bench, monkeypatch, visible, devices):
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    busy, most = set(), []
+    measure = fast.measure
+
+    def watched(run, seed, data, device, beside):
+        assert device not in busy and beside == 1
+        busy.add(device)
+        most.append(len(busy))
+        try:
+            return measure(run, seed, data, device, beside)
+        finally:
+            busy.remove(device)
+
+    monkeypatch.setattr(fast, "measure", watched)
+    assert fast.main("--only adamw muon untied --seeds 2 --parallel".split()) == 0
+    assert max(most) == 2 and {device for _, device in bench.calls()} == devices
+    done = [(row["flags"], row["seed"]) for row in fast.results()]
+    assert len(done) == len(set(done)) == 6 and all(row["beside"] == 1 for row in fast.results())
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(fast, "RESULTS", tmp_path / "none.jsonl")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        fast.main([])
+    with pytest.raises(SystemExit):
+        fast.main(["--only", "no_such_rung"])
+    assert not fast.RESULTS.exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def test_the_ladder_of_made_up_records():
+    rungs = {rung: run for rung, (_, run) in fast.ladder().items()}
+    muon, untied, qk_norm = [4.500, 4.502, 4.504], [4.400, 4.402, 4.404], [4.401, 4.403, 4.405]
+    rows = [made_up(rungs[rung], seed, val_loss=loss, tokens_per_second=rate)
+            for rung, each, rate in (("muon", muon, 5e5), ("untied", untied, 6e5), ("qk_norm", qk_norm, 7e5),
+                                     ("relu2", [4.3], 8e5), ("zero_init", [4.6, 4.7], 9e5))
+            for seed, loss in enumerate(each, 1)]
+    rows.insert(0, dict(rows[0], val_loss=9.0))  # the same run: the newer record counts
+    rows.append(dict(rows[1], flags=f"{rows[1]['flags']} --n_layer 3", val_loss=1.0))  # no longer a rung
+    found, = fast.tables(rows)
+    lines = found.splitlines()[2:]
+    notes = {rung: note for rung, (_, note) in fast.LADDER.items()}
+    assert lines[0] == f"| `muon` | {notes['muon']} | 3 | 500,000 | 20,000 | 4.5020 | 0.0020 | - | - | - |"
+    p = welch_by_hand(untied, muon)
+    assert lines[1] == (f"| `untied` | {notes['untied']} | 3 | 600,000 | 20,000 | 4.4020 | 0.0020 | -0.1000 | "
+                        f"{p:.3g} | better |")
+    p = welch_by_hand(qk_norm, untied)
+    assert lines[2].endswith(f"| 4.4030 | 0.0020 | +0.0010 | {p:.3g} | not told apart |") and p > 0.05
+    assert lines[3].endswith("| 1 | 800,000 | 20,000 | 4.3000 | - | -0.1030 | - | - |")
+    assert lines[4].endswith("| 2 | 900,000 | 20,000 | 4.6500 | 0.0707 | +0.3500 | - | - |") and len(lines) == 5
+    assert fast.verdict(0.1, 0.01) == "worse"
+
+
+def test_the_full_runs_of_made_up_records():
+    run = fast.Run("full", "d12_fast", fast.FULL["d12_fast"])
+    curve = [(50, 6_553_600, 32.5, 5.414), (100, 13_107_200, 45.0, 4.414), (1100, 144_179_200, 295.0, 3.414)]
+    found, = fast.tables([made_up(run, seed, val_loss=3.414, curve=curve) for seed in (2, 1)])
+    heads, _, first, second = found.splitlines()
+    assert heads == ("| run | seed | tokens/s | MiB | first step s | to 4.914 | to 4.010 | to 3.800 | to 3.416 | "
+                     "last loss |")
+    assert first.startswith("| `d12_fast` | 1 |") and second.startswith("| `d12_fast` | 2 |")
+    assert first.endswith("| 20.2 | 18.8 s, 9.8 M | 126.0 s, 66.1 M | 178.5 s, 93.6 M | 274.5 s, 143.9 M | "
+                          "3.4140 at 275.0 s, 144.2 M |")
+    found, = fast.tables([made_up(run, 1, val_loss=5.414, curve=curve[:1])])
+    assert found.endswith("| - | - | - | - | 5.4140 at 12.5 s, 6.6 M |")
+
+
+def test_the_sweeps_of_made_up_records():
+    losses = {"3e-4": 5.0, "6e-4": 4.9, "1e-3": 4.8, "1.5e-3": 4.7, "2e-3": 4.75}
+    rows = [made_up(run, 1, val_loss=losses[value]) for value, run in fast.swept("sweep_d12")]
+    rows += [made_up(run, 1, val_loss=4.0 - float(value)) for value, run in fast.swept("sweep_muon")]
+    ladder, found = fast.tables(rows)  # the rung adamw is one of the runs
+    assert "| `adamw` |" in ladder and "4.8000" in ladder
+    taken = fast.RATES[fast.D12]["learning_rate"]
+    each = "3e-4: 5.0000, 6e-4: 4.9000, 1e-3: 4.8000, 1.5e-3: 4.7000, 2e-3: 4.7500"
+    assert f"| `sweep_d12` | `d12`, learning_rate | {each} | 1.5e-3 | {taken} |" in found
+    assert "| 0.0125: 3.9875, 0.025: 3.9750, 0.05: 3.9500 | 0.05 (the end of the row) | 0.025 |" in found
+    assert "| `sweep_embedding` | `d12_fast`, embedding_lr | 0.15: 3.9750 | not all measured | 0.15 |" in found
+
+
+def test_what_it_prints(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fast, "RESULTS", tmp_path / "results.jsonl")
+    assert fast.main(["--table"]) == 0
+    assert capsys.readouterr().out == "results.jsonl holds nothing: not measured yet\n"
+    run = fast.ladder()["muon"][1]
+    fast.measuring.append(fast.RESULTS, made_up(run, 1), made_up(run, 2, script_sha256="123456789"),
+                          made_up(run, 1, gpu="B GPU"))
+    assert fast.main(["--table"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("A GPU, torch 2.11.0, script abcdef01, 12345678\n\n| rung |")
+    assert "\nB GPU, torch 2.11.0, script abcdef01\n\n| rung |" in out
+
+
+def test_the_plot(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fast, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(fast, "CURVE", tmp_path / "curve.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not installed
+    assert fast.main(["--plot"]) == 2
+    assert capsys.readouterr().err == "error: --plot needs the package matplotlib; pip install matplotlib\n"
+    lines, saved = [], []
+    axes = types.SimpleNamespace(plot=lambda x, y, label: lines.append((x, y, label)), axhline=lambda *a, **k: None,
+                                 set=lambda **k: None, legend=lambda: None)
+    figure = types.SimpleNamespace(savefig=lambda path, dpi: saved.append(path))
+    pyplot = types.SimpleNamespace(subplots=lambda figsize: (figure, axes))
+    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace(use=lambda name: None, pyplot=pyplot))
+    assert fast.main(["--plot"]) == 2 and "holds no full run" in capsys.readouterr().err
+    run = fast.Run("full", "d12", fast.FULL["d12"])
+    curve = [(50, 6_553_600, 32.5, 5.0), (100, 13_107_200, 45.0, 4.0)]
+    fast.measuring.append(fast.RESULTS, made_up(run, 1, curve=curve))
+    assert fast.main(["--plot"]) == 0 and saved == [fast.CURVE]
+    assert lines == [((12.5, 25.0), (5.0, 4.0), "d12, seed 1, A GPU")]
+
+
+def test_the_exit_code_of_the_program():
+    done = subprocess.run([sys.executable, FOLDER / "measure.py", "--tabel"], capture_output=True, text=True)
+    assert done.returncode == 2 and "--tabel" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# README.md
+
+
+def test_the_readmes_tables_are_the_results():
+    text = (FOLDER / "README.md").read_text()
+    for gpu in {row["gpu"] for row in fast.results()}:
+        assert all(table in text for table in fast.tables([r for r in fast.results() if r["gpu"] == gpu]))
+    assert ("Not measured yet" in text) == (not fast.results())
+
+
+def test_the_readme_has_the_ladder_and_the_commands():
+    text = (FOLDER / "README.md").read_text()
+    rows = [line.split(" | ")[:2] for line in text.splitlines() if re.match(r"\| `\w+` \| `--", line)]
+    assert [(rung.strip("| `"), adds.strip("`")) for rung, adds in rows] == [
+        (rung, adds) for rung, (adds, _) in fast.LADDER.items()]
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
+    trained = [line.removeprefix("python train_gpt2_mod.py ") for line in blocks if "train_gpt2_mod.py" in line]
+    assert set(trained) <= {run.flags for run, _ in EVERY} and set(fast.FULL.values()) < set(trained)
+    measured = [shlex.split(line, comments=True)[2:] for line in blocks if "measure.py" in line]
+    assert len(measured) == 5
+    for words in measured:
+        fast.make_parser().parse_args(words)
+    assert f"{len(fast.runs(None, 3))} runs in all" in text
+    for _, rate, values in fast.SWEEPS.values():
+        assert ", ".join(values) in " ".join(text.split()), rate
+
+
+def test_no_line_is_too_long():
+    for path in (FOLDER / "measure.py", Path(__file__)):
+        assert not [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120], path.name
