@@ -2104,7 +2104,9 @@ class Muon(torch.optim.Optimizer):
             for p, parts in zip(group["params"], group["parts"]):
                 if p.grad is None:
                     continue
-                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum_buffer"]
                 for matrix in zip(*(tensor.split(parts) for tensor in (p, p.grad, mean))):
                     tall = matrix[0].size(0) > matrix[0].size(1)
                     weight, gradient, mean_part = (z.mT if tall else z for z in matrix)

@@ -4,7 +4,6 @@ Most runs are forked from a server that has imported torch, which saves seconds 
 program. Either way a run may be given faults by name: places where it is slow, hangs or kills itself.
 """
 import contextlib
-import dataclasses
 import errno
 import multiprocessing
 import os
@@ -31,8 +30,6 @@ ENVIRONMENT = dict(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PYTHONPATH=f"{
 FLAGS = [*SMALL, *("--num_iterations 8 --val_loss_every 4 --save_every 2 --keep_last 2 --grad_accumulation_steps 2 "
                    "--shuffle --dropout 0.1 --mtp_enabled --mtp_rampup_steps 6 --log_every 1 --resume auto").split()]
 LONG = "--n_layer 4 --n_embd 96 --num_iterations 72 --save_every 3".split()  # checkpoints of 6 MB
-OPTIMIZERS = next((field.metadata["choices"]() for field in dataclasses.fields(script.TrainConfig)
-                   if field.name == "optimizer"), [None])
 TIMES = "time step_ms step_avg_ms tokens_per_second seconds_left mfu peak_mem_MB seconds run run_id made_by".split()
 
 
@@ -299,11 +296,11 @@ def test_killed_three_times(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", script.OPTIMIZERS)
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_killed_at_random_moments(runs, precision, size, optimizer):
-    flags = [*LONG, "--precision", precision, *(["--optimizer", optimizer] if optimizer else [])]
+    flags = [*LONG, "--precision", precision, "--optimizer", optimizer]
     start, rounds, startup = (lambda **how: runs.start(*flags, **how)[0], 3, 0.4)
     if size == 2:
         start, rounds, startup = (lambda **how: runs.torchrun(*flags, **how), 2, 6)
