@@ -109,6 +109,7 @@ def places(tmp_path, monkeypatch):
         folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(found[0]))
     monkeypatch.setenv("TMPDIR", str(found[0]))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # which importing torch's compiler makes
     monkeypatch.chdir(found[1])
     yield found
     assert [list(folder.rglob("*")) for folder in found] == [[], []]
@@ -242,6 +243,19 @@ def test_data_are_random_tokens_in_a_folder_that_goes(pair):
     assert sorted(Path(path).name for path in files) == 2 * ["input_bin.bin"] + 2 * ["input_val_bin.bin"]
     assert not [path for path in files if Path(path).parent.parent.exists()]
     assert {entry["targets"] for entry in pair.diary if entry["kind"] == "validation"} == {70}
+
+
+def test_command_lines_that_compile_at_once(call, tmp_path):
+    """The first two of three begin together, the third when the first is done; of none is the first step timed."""
+    file = tmp_path / "found.jsonl"
+    models = ["d12", "d12_gqa", "d12_mqa"]
+    code, out, err = call(*(f"--model {model}" for model in models), "--builds", 2, "--json", file, "--", *TINY,
+                          *VOCABULARY, *ONCE)
+    assert (code, err) == (0, "")
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [record["model"] for record in records] == models
+    assert [record["first_step_s"] for record in records] == [None] * 3 and min(r["step_ms"] for r in records) > 0
+    assert all(" n/a " in line for line in out.splitlines()[-3:])
 
 
 def test_one_command_line(call, tmp_path):
@@ -417,6 +431,7 @@ def test_no_flag_is_both_the_tools_and_the_scripts():
 @pytest.mark.parametrize("words, parts", [
     (["--steps", "0"], ["steps=0 must be at least 1"]), (["--warmup", "0"], ["warmup=0"]),
     (["--", "--windows", "-1"], ["windows=-1"]), (["--windows", "x"], ["--windows", "--help"]),
+    (["--builds", "0"], ["builds=0 must be at least 1"]),
     (["--memory_gib", "0"], ["memory_gib=0.0 must be above 0"]), (["--memory_gib", "nan"], ["memory_gib=nan"]),
     (["--script", "no/such.py"], ["script=no/such.py is no such file"]),
     (["--json", "no/such/file"], ["json=no/such/file", "name one"]), (["--json", "/"], ["json=/", "name one"]),
