@@ -4,7 +4,7 @@
 #     ./run.sh                          quickstart: environment, text that comes with Python, a small model, a sample
 #     ./run.sh test                     the tests;  ./run.sh test-all  with the slow ones
 #     ./run.sh d12 | d12_mlp3x | ...    a preset of train_gpt2_mod.py on FineWeb (python data/fineweb.py fetches it)
-#     ./run.sh d12_fast                 the recipe that reaches a loss soonest: its steps, rates and schedule are the preset's
+#     ./run.sh d12_fast                 a recipe meant to reach a loss soon: its steps, rates and schedule are the preset's
 #     ./run.sh nocap                    the reference run: d12 to a validation loss of 3.3821 on FineWeb
 #     ./run.sh gqa                      the same with a quarter of the key/value heads and 12% more width
 #     ./run.sh help                     this text
@@ -49,7 +49,8 @@ gqa)
         --val_loss_every 128 --target_val_loss 3.3821 --save_every 512 --output_dir logs "$@"
     ;;
 *_fast)
-    "${launch[@]}" --model "$name" --batch_size 16 --sequence_length 1024 --val_loss_every 100 --output_dir logs "$@"
+    "${launch[@]}" --model "$name" --batch_size 16 --sequence_length 1024 --val_loss_every 100 --save_every 250 \
+        --output_dir logs "$@"
     ;;
 d* | gpt2* | sized*)
     "${launch[@]}" --model "$name" --batch_size 8 --sequence_length 1024 --num_iterations 5000 \

@@ -66,6 +66,7 @@ WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 1
 NORM_EPS = 1e-6
 NAN_POLICIES = ("stop", "skip", "rollback")
 OPTIMIZERS = ("adamw", "muon")
+STARTS = ("init_std", "embd_init_std", "zero_init")  # flags of the initial weights
 FIRST_MOMENTUM = 0.85  # of Muon, at step 0, where it has a warm-up
 LARGEST_BATCH = 2**14  # sequences in a micro-batch that --batch_size auto thinks of
 CHECKED_TOKENS = 2**22  # read at once when a shard's ids are checked: 8 MiB
@@ -230,7 +231,7 @@ class GPTConfig:
     qk_norm: bool = option(False, "RMSNorm of queries and keys over the head size, before RoPE")
     softmax_scale: float = option(0.0, "factor of attention's scores; 0: 1 / sqrt(head size)")
     window: int = option(0, "tokens a query sees, its own included; 0: all before it")
-    document_mask: bool = option(False, "let no token see another document than its own")
+    document_mask: bool = option(False, "let no token see another document; the vocabulary's last token begins one")
     value_embeddings: int = option(
         0, "tables of token embeddings, each mixed into the values of one of the first and one of the last blocks",
         most=500,
@@ -474,6 +475,7 @@ class TrainConfig:
                 "usual")
         own_rates = [name for name in ("embedding_lr", "head_lr", "scalar_lr") if getattr(self, name)]
         own_rates += ["optimizer=muon"] * (self.optimizer == "muon")
+        require(self.muon_lr > 0, "muon_lr=0.0 must be above 0, or nothing that is Muon's would learn; 0.02 is usual")
         require(self.learning_rate or not own_rates, f"learning_rate=0 with {', '.join(own_rates)}: all rates follow "
                 "one schedule, that of learning_rate; type a rate above 0")
 
@@ -691,7 +693,7 @@ def rule_optimizer(fields, typed, machine):
 def rule_warmdown(fields, typed, machine):
     """The linear schedule's warm-down as a share of the run, unless it is typed in steps."""
     wanted, share = "warmdown_fraction" in typed, fields.get("warmdown_fraction", 0.0)
-    require(share <= 1, f"warmdown_fraction={share} must be at most 1; 0.5 is usual")
+    require(0 <= share <= 1, f"warmdown_fraction={share} must be from 0 to 1; 0.5 is usual")
     if wanted:
         require("warmdown_iters" not in typed, "warmdown_iters and warmdown_fraction both say how long the warm-down "
                 "is; drop one")
@@ -699,8 +701,10 @@ def rule_warmdown(fields, typed, machine):
                 f"schedule={fields['schedule']} has no warm-down; drop one of the two")
     changes, note, steps = {}, None, fields["num_iterations"]
     if wanted or (share and "warmdown_iters" not in typed and fields["schedule"] == "linear"):
-        changes["warmdown_iters"] = min(round(share * steps), max(0, steps - fields["warmup_iters"]))
+        left = max(0, steps - fields["warmup_iters"])
+        changes["warmdown_iters"] = min(round(share * steps), left)
         note = f"warmdown_iters={changes['warmdown_iters']}: {share:g} of num_iterations={steps}"
+        note += f", as far as warmup_iters={fields['warmup_iters']} leaves it" * (round(share * steps) > left)
     falls = fields["schedule"] != "linear" or changes.get("warmdown_iters", fields["warmdown_iters"])
     if not falls and "min_lr_fraction" not in typed:  # a preset's gives way
         changes["min_lr_fraction"] = 0.0
@@ -772,7 +776,7 @@ def rule_accumulation(fields, typed, machine):
         steps = world if tokens is None else None
     if tokens is not None:
         step_tokens = per_micro_batch * world
-        said = "total_batch_size" if "total_batch_size" in typed else "the preset's or checkpoint's tokens per step"
+        said = "total_batch_size" + " (the checkpoint's or the preset's)" * ("total_batch_size" not in typed)
         require(tokens >= step_tokens and tokens % step_tokens == 0,
                 f"{said}={tokens} must be a multiple of batch_size x sequence_length x processes = "
                 f"{fields['batch_size']} x {fields['sequence_length']} x {world} = {step_tokens}; "
@@ -2211,13 +2215,14 @@ def make_optimizer(model, run, device):
     decayed = ("embeddings", "matrices", "head") if run.optimizer == "adamw" else ()
     for name, params in groups.items():
         rate, decay = rates.get(name) or run.learning_rate, run.weight_decay if name in decayed else 0.0
-        rows.append(dict(params=params, lr=rate, weight_decay=decay, relative_lr=relative(rate, run)))
+        rows.append(dict(name=name, params=params, lr=rate, weight_decay=decay, relative_lr=relative(rate, run)))
     rows = [row for row in rows if row["params"]]
     each = [torch.optim.AdamW(rows, lr=run.learning_rate, betas=(run.beta1, run.beta2), eps=run.adam_eps,
                               fused=device.type == "cuda")]
     if muons:
         parts = {id(module.weight): module.parts for module in model.modules() if isinstance(module, Linear)}
-        row = dict(params=muons, parts=[parts[id(p)] for p in muons], relative_lr=relative(run.muon_lr, run))
+        row = dict(name="matrices (Muon)", params=muons, parts=[parts[id(p)] for p in muons])
+        row["relative_lr"] = relative(run.muon_lr, run)
         each.append(Muon([row], run.muon_lr, run.muon_momentum, run.weight_decay, run.cautious_weight_decay))
     return Optimizers(*each)
 
@@ -2943,7 +2948,8 @@ def refuse_other_network(config, run, origin):
         return
     remedy = "name other shards" if other == "vocab_size" else f"drop the flag, or start without --{flag}"
     if not origin.resumed:
-        free = ", ".join(f.name for f in dataclasses.fields(GPTConfig) if not f.metadata["rebuilds"])
+        free = ", ".join(f.name for f in dataclasses.fields(GPTConfig)
+                         if not f.metadata["rebuilds"] and f.name not in STARTS)
         remedy += f" (fixed at pre-training: {', '.join(config.network())}; free: {free}, and the run's own flags)"
     raise ConfigError(f"{origin.path} holds another network ({other} {getattr(saved, other)}, not "
                       f"{getattr(config, other)}); {remedy}")
@@ -3079,7 +3085,7 @@ class Meter:
         per_gpu = rate * self.flops_per_token / self.world.size
         record = dict(
             step=step, train_loss=loss, lr=row.lr, grad_norm=None if overflow else grad_norm,
-            mtp_weight=row.mtp_weight, tokens=tokens, tokens_per_second=rate,
+            mtp_weight=row.mtp_weight, **self.momentum(row), tokens=tokens, tokens_per_second=rate,
             mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
             step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
             seconds_left=(self.run.num_iterations - step) * self.step_average,
@@ -3090,6 +3096,10 @@ class Meter:
         self.state.skipped = self.state.skipped + 1 if skipped else 0
         if skipped:
             self.judge(step, loss, grad_norm, cursor)
+
+    def momentum(self, row):
+        """Muon's, for a record."""
+        return dict(momentum=row.momentum) if self.run.optimizer == "muon" else {}
 
     def judge(self, step, loss, grad_norm, cursor):
         """What follows from a skipped update."""
@@ -3474,6 +3484,8 @@ def find_origin(typed):
         return Origin(path, content, fields, True, notes)
     if "init_from" not in typed:  # else it counts where --resume auto found nothing to go on from
         return Origin(notes=notes)
+    ignored = [name for name in STARTS if name in typed]
+    require(not ignored, f"{', '.join(ignored)} would be ignored: the weights come from --init_from; drop one of them")
     path, content = load_weights(typed)
     return Origin(path, content, initial_fields(content))
 
@@ -3523,6 +3535,9 @@ def start_run(typed, world, origin):
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # other names, shapes, kinds
         raise DataError(f"{origin.path} does not hold the state of a run of its own network; name another") from e
     mflop = model.flops_per_token(run.sequence_length) / 1e6
+    rates = {group["name"]: group["relative_lr"] * run.learning_rate for group in state.optimizer.param_groups}
+    if len(set(rates.values())) > 1:
+        notes.append("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()))
     notes += [f"model {run.model}: {model.parameter_count():,} parameters, {mflop:.1f} MFLOP a token at "
               f"sequence_length={run.sequence_length}, precision {config.precision}",
               f"data: {shards.total:,} training tokens in {len(shards.files)} shards, vocabulary {shards.vocab_size}"]

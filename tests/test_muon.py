@@ -631,7 +631,7 @@ def test_all_flags_that_need_muon_are_named_at_once():
     ("--optimizer moun", "optimizer=moun is not known", "did you mean muon?"),
     ("--optimizer muon --muon_momentum 1", "muon_momentum=1.0 must be below 1", "are usual"),
     ("--optimizer muon --muon_lr -0.1", "muon_lr=-0.1 must be a finite number", "at least 0"),
-    ("--warmdown_fraction 1.01", "warmdown_fraction=1.01 must be at most 1", "0.5 is usual"),
+    ("--warmdown_fraction 1.01", "warmdown_fraction=1.01 must be from 0 to 1", "0.5 is usual"),
     ("--warmdown_fraction 0.5 --warmdown_iters 500", "warmdown_iters and warmdown_fraction both say", "drop one"),
     ("--warmdown_fraction 0 --warmdown_iters 0", "warmdown_iters and warmdown_fraction both say", "drop one"),
     ("--warmdown_fraction 0.5 --schedule cosine", "warmdown_fraction=0.5 would be ignored: schedule=cosine",
@@ -658,7 +658,8 @@ def test_a_share_of_the_run_is_so_many_steps(fraction, steps, warmup, expected):
     """The nearest whole number, without those of the warm-up."""
     _, run, notes = resolved(f"--warmdown_fraction {fraction} --num_iterations {steps} --warmup_iters {warmup}")
     assert run.warmdown_iters == expected
-    assert f"warmdown_iters={expected}: {fraction} of num_iterations={steps}" in notes
+    cut = f", as far as warmup_iters={warmup} leaves it" * (round(fraction * steps) > steps - warmup)
+    assert f"warmdown_iters={expected}: {fraction} of num_iterations={steps}{cut}" in notes
 
 
 def test_a_share_of_a_resumed_run_is_of_its_new_length():
@@ -879,3 +880,22 @@ def test_a_presets_floor_of_the_rate_gives_way_where_nothing_falls(flags):
     with pytest.raises(script.ConfigError, match="min_lr_fraction=0.2 would be ignored"):
         script.resolve(script.parse_flags(["--model", "d12_fast", "--min_lr_fraction", "0.2", *flags.split()]),
                        script.ANY_MACHINE)
+
+
+def test_a_runs_log_has_its_rates_and_its_momentum(trainer):
+    flags = "--optimizer muon --muon_lr 0.04 --embedding_lr 0.25 --momentum_warmup_steps 4".split()
+    result = trainer.run(*flags)
+    assert "learning rates: embeddings 0.25, matrices (Muon) 0.04" in result.out
+    found = column(steps(result.folder), "momentum")
+    assert found == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
+    plain = trainer.run()
+    assert "learning rates:" not in plain.out and "momentum" not in (plain.folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("flag", ["--zero_init", "--embd_init_std 1", "--init_std 0.02"])
+def test_weights_that_come_from_a_file_have_no_start_of_their_own(trainer, flag):
+    path = trainer.run().folder / "step000006.pt"
+    result = trainer.main("--init_from", path, *flag.split())
+    name = flag.split()[0].removeprefix("--")
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"{name} would be ignored: the weights come from --init_from" in result.err
