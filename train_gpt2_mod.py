@@ -2221,7 +2221,7 @@ def make_optimizer(model, run, device):
                               fused=device.type == "cuda")]
     if muons:
         parts = {id(module.weight): module.parts for module in model.modules() if isinstance(module, Linear)}
-        row = dict(name="matrices (Muon)", params=muons, parts=[parts[id(p)] for p in muons])
+        row = dict(name="matrices (Muon)", params=muons, parts=[parts.get(id(p), (len(p),)) for p in muons])
         row["relative_lr"] = relative(run.muon_lr, run)
         each.append(Muon([row], run.muon_lr, run.muon_momentum, run.weight_decay, run.cautious_weight_decay))
     return Optimizers(*each)

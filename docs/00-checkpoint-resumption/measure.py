@@ -210,7 +210,6 @@ def alternate(flags):
         grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if grad_clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
-        optimizer.found_inf = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return grad_norm
