@@ -552,8 +552,8 @@ base_configs: dict[str, dict[str, Any]] = {
 run_configs: dict[str, dict[str, Any]] = {
     "d12_fast": dict(
         optimizer="muon", muon_lr=0.025, momentum_warmup_steps=300, cautious_weight_decay=True, learning_rate=0.004,
-        embedding_lr=0.15, scalar_lr=0.02, beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=131_072,
-        num_iterations=1100, warmdown_fraction=0.6, min_lr_fraction=0.1,
+        embedding_lr=0.45, scalar_lr=0.02, beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=65_536,
+        num_iterations=2200, shuffle=True, warmdown_fraction=0.6, min_lr_fraction=0.1,
     ),
 }
 
@@ -1469,21 +1469,28 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def window_mask(T, window, device, documents=None):
-    """The mask of causal attention over the last `window` tokens (0: all), the query's own included, and with the
-    numbers of the tokens' documents (B, T) within each; None where that is plain causal attention. Compiled on CUDA it
-    is FlexAttention's, which skips blocks outside; elsewhere dense, (T, T) or (B, 1, T, T)."""
-    if not 0 < window < T:
-        if documents is None:
-            return None
-        window = T
+def seeing(window, documents=None):
+    """Whether key k is seen from query q (of sequence b, by head h): among its last `window` tokens, and with the
+    numbers of the tokens' documents (B, T) in the same one."""
 
     def seen(b, h, q, k):
         near = (q >= k) & (q - k < window)
         return near if documents is None else near & (documents[b, q] == documents[b, k])
 
-    if device.type == "cuda" and torch.compiler.is_compiling():
-        return create_block_mask(seen, documents if documents is None else len(documents), None, T, T, device=device)
+    return seen
+
+
+def window_mask(T, window, device, documents=None):
+    """The mask of causal attention over the last `window` tokens (0: all), the query's own included, and with the
+    numbers of the tokens' documents (B, T) within each; None where that is plain causal attention. A window alone,
+    compiled on CUDA, has FlexAttention's mask, which skips blocks outside; else it is dense, (T, T) or (B, 1, T, T)."""
+    if not 0 < window < T:
+        if documents is None:
+            return None
+        window = T
+    seen = seeing(window, documents)
+    if documents is None and device.type == "cuda" and torch.compiler.is_compiling():
+        return create_block_mask(seen, None, None, T, T, device=device)
     q, k = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
     if documents is None:
         return seen(None, None, q, k)
@@ -1676,7 +1683,9 @@ class GPT(nn.Module):
         self.mtp_blocks = nn.ModuleDict({str(k): Block(config, config.n_layer) for k in own})
         # A buffer, not a number: a compiled graph reads its value at each call, so the ramp compiles nothing anew.
         self.register_buffer("mtp_weight_buffer", torch.tensor(config.mtp_weight), persistent=False)
-        self.loss_parts = {}  # those of LossSettings that parallelize() exchanges
+        # What parallelize() exchanges: parts of LossSettings; on CUDA create_block_mask, compiled by itself: as a part
+        # of the trunk a mask of documents had strides that FlexAttention did not expect, and failed (torch 2.11).
+        self.loss_parts, self.block_mask = {}, None
         self.start_weights()
 
     @torch.no_grad()
@@ -1699,16 +1708,21 @@ class GPT(nn.Module):
         for p in into_stream + untied if config.zero_init else ():
             p.zero_()
 
-    def embed(self, idx):
-        """(B, T) -> the stream (B, T, C), and the Context of a sequence of T."""
+    def documents(self, idx):
+        """(B, T) -> the number of each token's document, (B, T), which begins with the end-of-text token, the last of
+        the vocabulary; None where documents are not masked."""
+        return (idx == self.config.vocab_size - 1).cumsum(1) if self.config.document_mask else None
+
+    def embed(self, idx, mask=None):
+        """(B, T) -> the stream (B, T, C), and the Context of a sequence of T, with the mask if there is one already."""
         T, learned = idx.size(1), self.config.position == "learned"
         x = self.transformer.wte(idx)
         x = self.drop(x + self.transformer.wpe.weight[:T] if learned else x)
         x = self.embd_norm(x).to(stream_dtype(x))
         cos, sin = (None, None) if learned else self.rotary(T)
-        # A document begins with the end-of-text token, the last of the vocabulary.
-        documents = (idx == self.config.vocab_size - 1).cumsum(1) if self.config.document_mask else None
-        return x, Context(cos, sin, window_mask(T, self.config.window, idx.device, documents), x)
+        if mask is None:
+            mask = window_mask(T, self.config.window, idx.device, self.documents(idx))
+        return x, Context(cos, sin, mask, x)
 
     def value_rows(self, idx):
         """What each block mixes into its values, a list of (B, T, K D) or None: the first table's rows in the first
@@ -1722,9 +1736,9 @@ class GPT(nn.Module):
             return checkpoint(block, x, ctx, use_reentrant=False)
         return block(x, ctx)
 
-    def trunk(self, idx, heads=1):
+    def trunk(self, idx, heads=1, mask=None):
         """(B, T) -> what each of the heads reads, a list of (B, T, C): the stream, normalised."""
-        x, ctx = self.embed(idx)
+        x, ctx = self.embed(idx, mask)
         for block, values in zip(self.transformer.h, self.value_rows(idx)):
             x = self.run_block(block, x, ctx._replace(values=values))
         own = [self.mtp_blocks[str(k)] for k in range(2, heads + 1)]
@@ -1757,7 +1771,11 @@ class GPT(nn.Module):
         block being the first head; shared, the next token's logits stand for all offsets: that costs next to nothing.
         """
         offsets = self.config.mtp_offsets if targets_dict is not None else ()
-        streams = self.trunk(idx, 1 + len(offsets) * bool(self.mtp_blocks))
+        mask, T = None, idx.size(1)
+        if self.block_mask and self.config.document_mask:
+            seen = seeing(min(T, self.config.window or T), self.documents(idx))
+            mask = self.block_mask(seen, len(idx), None, T, T, device=idx.device)
+        streams = self.trunk(idx, 1 + len(offsets) * bool(self.mtp_blocks), mask)
         logits = self.head(streams[0]) if return_logits else None
         if targets_dict is None:
             return logits, None
@@ -2507,6 +2525,7 @@ def parallelize(model, run, world, log, optimizer=None):
             if isinstance(one, Muon):
                 one.momentum_step, one.updated = (torch.compile(f, dynamic=False) for f in (momentum_step, updated))
         if world.device.type == "cuda":
+            model.block_mask = torch.compile(create_block_mask, dynamic=False)
             try:
                 fused = fused_softmax_losses(world.device)
                 model.loss_parts.update(softmax_losses=fused, logits_at_once=FUSED_LOGITS_AT_ONCE)

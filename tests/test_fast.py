@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import CPU, batch_of, shrunk_preset, small_config, small_run
+from torch.nn.attention.flex_attention import create_block_mask
 
 import train_gpt2_mod as script
 
@@ -89,21 +90,44 @@ def test_the_log_names_the_kernel_of_masked_documents():
         assert note.startswith(f"attention kernel {said}")
 
 
+@pytest.mark.parametrize("window", [0, 5, 50, 400])
+def test_the_block_mask_of_documents_masks_as_the_dense_mask_does(float64, window):
+    """FlexAttention uncompiled is torch's own reference of itself."""
+    config = small_config(document_mask=True, window=window, n_embd=32, n_head=2)
+    model, unmasked = script.GPT(config), script.GPT(small_config(n_embd=32, n_head=2))
+    unmasked.load_state_dict(model.state_dict())
+    for seed in range(2):  # another batch, other documents
+        idx, targets = batch_of(config, B=2, T=300)
+        idx[torch.rand(2, 300, generator=torch.Generator().manual_seed(seed)) < 0.03] = EOT
+        found = []
+        for model.block_mask in (None, create_block_mask):
+            with torch.no_grad():  # its backward pass needs a GPU
+                found.append(model(idx, targets)[0])
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-9)
+        assert (found[1] - unmasked(idx)[0]).abs().max() > 1e-6
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a GPU")
-def test_on_a_gpu_flex_attention_masks_as_the_dense_mask_does():
-    config = small_config(document_mask=True, n_embd=128, n_head=2, precision="fp32")
-    model = script.GPT(config).cuda()
-    idx, targets = batch_of(config, B=2, T=256)
-    idx, targets = idx.cuda(), {name: target.cuda() for name, target in targets.items()}
-    found = []
+@pytest.mark.parametrize("documents", [True, False])
+def test_on_a_gpu_flex_attention_masks_as_the_dense_mask_does(documents):
+    config = small_config(document_mask=documents, window=100, n_embd=128, n_head=2, precision="fp32")
+    model, found = script.GPT(config).cuda(), []
     for _ in range(2):
-        model.zero_grad()
-        loss = model(idx, targets, return_logits=False)[1]
-        loss.backward()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+        for seed in range(3):
+            idx, targets = batch_of(config, B=2, T=256)
+            idx[torch.rand(2, 256, generator=torch.Generator().manual_seed(seed)) < 0.02 * seed] = EOT
+            idx, targets = idx.cuda(), {name: target.cuda() for name, target in targets.items()}
+            model.zero_grad()
+            loss = model.train()(idx, targets, return_logits=False)[1]
+            loss.backward()
+            with torch.no_grad():
+                logits = model.eval()(idx)[0]
+            found.append([logits, loss.detach(), *(p.grad.clone() for p in model.parameters())])
         model.trunk = torch.compile(model.trunk, dynamic=False)
-    for dense, flex in zip(*found):
-        torch.testing.assert_close(flex, dense, rtol=1e-3, atol=1e-4)
+        model.block_mask = torch.compile(create_block_mask, dynamic=False)
+    for dense, flex in zip(found[:3], found[3:]):
+        for a, b in zip(dense, flex):
+            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

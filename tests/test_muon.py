@@ -681,9 +681,9 @@ def fields_of(run):
 
 def test_a_run_begins_with_its_presets_recipe():
     assert fields_of(resolved("--model d12_fast")[1]).items() >= RECIPE.items()
-    assert resolved("--model d12_fast")[1].warmdown_iters == 660
+    assert resolved("--model d12_fast")[1].warmdown_iters == 1320
     assert resolved("--model d12_fast --num_iterations 200")[1].warmdown_iters == 120
-    assert resolved("--model d12_fast --batch_size 4 --sequence_length 512")[1].grad_accumulation_steps == 64
+    assert resolved("--model d12_fast --batch_size 4 --sequence_length 512")[1].grad_accumulation_steps == 32
 
 
 def test_recipes_are_of_presets_and_of_fields_that_there_are():
@@ -699,13 +699,13 @@ def test_recipes_are_of_presets_and_of_fields_that_there_are():
     ("--embedding_lr 0.01", dict(embedding_lr=0.01)), ("--scalar_lr 0", dict(scalar_lr=0.0)),
     ("--momentum_warmup_steps 0", dict(momentum_warmup_steps=0)), ("--beta1 0.7", dict(beta1=0.7)),
     ("--no_cautious_weight_decay", dict(cautious_weight_decay=False)), ("--adam_eps 1e-8", dict(adam_eps=1e-8)),
-    ("--grad_clip 1", dict(grad_clip=1.0)), ("--total_batch_size 65536", dict(tokens_per_step=65536)),
+    ("--grad_clip 1", dict(grad_clip=1.0)), ("--total_batch_size 131072", dict(tokens_per_step=131072)),
     ("--grad_accumulation_steps 4", dict(tokens_per_step=4 * 8 * 1024)),
     ("--num_iterations 100", dict(num_iterations=100)), ("--warmdown_fraction 0.25", dict(warmdown_fraction=0.25)),
-    ("--warmdown_iters 110", dict(warmdown_fraction=0.1)), ("--min_lr_fraction 0", dict(min_lr_fraction=0.0)),
+    ("--warmdown_iters 220", dict(warmdown_fraction=0.1)), ("--min_lr_fraction 0", dict(min_lr_fraction=0.0)),
     ("--schedule cosine", dict(schedule="cosine", warmdown_fraction=0.0)),
     ("--optimizer adamw", dict(optimizer="adamw", **NO_MUON)),
-    ("--optimizer adamw --warmdown_iters 110", dict(optimizer="adamw", warmdown_fraction=0.1, **NO_MUON)),
+    ("--optimizer adamw --warmdown_iters 220", dict(optimizer="adamw", warmdown_fraction=0.1, **NO_MUON)),
 ])
 def test_what_is_typed_wins_over_the_recipe(flags, expected):
     """And over nothing else of it."""

@@ -24,8 +24,9 @@ spec = importlib.util.spec_from_file_location("measure_04", FOLDER / "measure.py
 fast = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fast)
 
-EVERY = fast.runs(None, 1)
-TOKENS = dict(sweep=29_753_344, ladder=29_753_344, d12=100_007_936, d12_fast=144_179_200)
+NAMES = [*fast.SWEEPS, *fast.FULL, *fast.LADDER, *fast.TRIED, "preset"]
+EVERY = fast.runs(NAMES, 1)
+TOKENS = dict(d12=100_007_936, d12_fast=144_179_200, d12_fast_60M=59_965_440, d12_fast_in_order=144_179_200)
 
 
 def resolved(flags):
@@ -43,11 +44,15 @@ def without(config, *names):
 @pytest.mark.parametrize("run", [run for run, _ in EVERY], ids=lambda run: f"{run.kind}-{run.name}")
 def test_the_commands_resolve(run):
     _, settings = resolved(run.flags)
-    assert settings.tokens_per_step == 131072 and settings.batch_size == 64 and settings.sequence_length == 1024
+    batch = 131072 if "131072" in run.name else 32768 if "32768" in run.name else 65536
+    assert (settings.tokens_per_step, settings.batch_size) == (batch, min(64, batch // 1024))
+    assert settings.sequence_length == 1024 and settings.shuffle != ("in_order" in run.name)
     assert settings.num_iterations == run.steps and not settings.save_checkpoints
-    assert run.steps * settings.tokens_per_step == TOKENS[run.name if run.kind == "full" else run.kind]
-    assert settings.warmdown_iters == round(0.6 * run.steps) and settings.min_lr_fraction == 0.1  # to its end
-    assert settings.val_loss_every == (50 if run.kind == "full" else 0)
+    assert run.steps * settings.tokens_per_step == run.tokens == TOKENS.get(run.name, 29_753_344)
+    share = dict(warmdown_1=1).get(run.name, 0.6)
+    assert settings.warmdown_iters == round(share * run.steps)  # to its end
+    assert settings.min_lr_fraction == (0 if run.name.endswith("floor_0") else 0.1)
+    assert settings.val_loss_every == (0 if run.kind != "full" else 100 if run.name == "d12" else 50)
 
 
 def test_each_rung_is_one_change_and_the_last_of_the_preset_is_the_preset():
@@ -70,12 +75,12 @@ def test_the_shape_and_the_rates_are_the_presets_own():
     whole = resolved(f"--model d12_fast {fast.SHAPE}")
     assert schedule != fast.SHAPE and resolved(f"--model d12_fast {schedule}") == whole
     assert resolved(f"{fast.FAST.format(**fast.RATES[fast.FAST])} {fast.SHAPE}") == whole
-    assert resolved(fast.FULL["d12_fast"])[1].num_iterations == whole[1].num_iterations
+    assert resolved(fast.FULL["d12_fast"].replace("--val_loss_every 50", "")) == whole
 
 
 def test_a_sweep_changes_one_rate():
-    for name, (flags, rate, values) in fast.SWEEPS.items():
-        assert fast.RATES[flags][rate] in values and len(set(values)) == len(values)
+    for name, (flags, rate, values, _) in fast.SWEEPS.items():
+        assert fast.START[flags][rate] in values and len(set(values)) == len(values)
         found = [resolved(run.flags)[1] for _, run in fast.swept(name)]
         assert [getattr(run, rate) for run in found] == [float(value) for value in values] == sorted(map(float, values))
         assert all(without(run, rate) == without(found[0], rate) for run in found)
@@ -96,12 +101,21 @@ def test_a_dropped_rung_is_not_in_those_after_it(monkeypatch):
 
 def test_the_order_of_the_runs():
     runs = fast.runs(None, 3)
-    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 65
-    assert [run.kind for run, _ in runs[:12]] == ["sweep"] * 12 and {seed for _, seed in runs[:12]} == {1}
+    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 86
+    assert [run.kind for run, _ in runs[:9]] == ["sweep"] * 9 and {seed for _, seed in runs[:9]} == {1}
     assert [seed for _, seed in runs] == sorted(seed for _, seed in runs)
-    assert [(run.name, seed) for run, seed in fast.runs(["d12", "adamw"], 2)] == [
-        ("d12", 1), ("adamw", 1), ("d12", 2), ("adamw", 2)]
-    assert len(fast.runs(["sweep_head"], 3)) == 3
+    assert not [run.name for run, _ in runs if "in_order" in run.name]
+    assert [(run.name, seed) for run, seed in fast.runs(["adamw", "d12"], 2)] == [
+        ("adamw", 1), ("adamw", 2), ("d12", 1), ("d12", 2)]  # as typed
+    assert len(fast.runs(["sweep_head"], 3)) == 3 and len(fast.runs(["in_order", "in_order_muon"], 2)) == 3
+
+
+def test_flags_in_another_order_are_the_same_run():
+    assert fast.last_of("--a 1 --no_b --c x --a 2") == dict(a="2", b="no", c="x") == fast.last_of("--c x --a 2 --no_b")
+    assert fast.last_of("--b --c 1") == dict(b="", c="1")
+    run = fast.Run("full", "any", "--model d12 --seed 3 --shuffle")
+    assert run.is_of(dict(flags="--shuffle --model d12 --seed 4 --seed 3"))
+    assert not run.is_of(dict(flags="--no_shuffle --model d12 --seed 3")) and not run.is_of(dict(flags="--model d12"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,7 +198,7 @@ folder = pathlib.Path(typed["--output_dir"]) / "run"
 folder.mkdir(parents=True)
 records = []
 for step in range(1, steps + 1):
-    common = dict(step=step, tokens=131072 * step, time=20000 + 250.0 * (step - 1))
+    common = dict(step=step, tokens=int(typed["--total_batch_size"]) * step, time=20000 + 250.0 * (step - 1))
     records.append(dict(common, train_loss=5.0, tokens_per_second=524288.0, step_avg_ms=250.0, peak_mem_MB=20000 + seed,
                         step_ms=20000.0 if step == 1 else 250.0))
     if step == steps or (typed["--val_loss_every"] != "0" and step % int(typed["--val_loss_every"]) == 0):
@@ -220,7 +234,7 @@ def test_a_run_and_its_record(bench, capsys):
                                                          "--input_val_bin v*.bin --output_dir ")
     row, = fast.results()
     assert (row["kind"], row["name"], row["flags"], row["seed"]) == ("full", "d12", fast.FULL["d12"], 1)
-    assert row["curve"][0] == [50, 6_553_600, 32.25, pytest.approx(8.001 - 200 / 763)] and len(row["curve"]) == 16
+    assert row["curve"][0] == [100, 6_553_600, 44.75, pytest.approx(8.001 - 400 / 1526)] and len(row["curve"]) == 16
     assert row["val_loss"] == row["curve"][-1][-1] == pytest.approx(4.001)
     assert (row["gpu"], row["torch"], row["first_step_s"]) == ("A GPU", torch.__version__, 20.0)
     assert (row["tokens_per_second"], row["step_avg_ms"], row["peak_mem_MB"]) == (524288.0, 250.0, 20001)
@@ -229,8 +243,8 @@ def test_a_run_and_its_record(bench, capsys):
     out = capsys.readouterr().out
     assert "full d12, seed 1: loss 4.0010, 524,288 tokens/s" in out
     assert str(bench.folder) not in fast.RESULTS.read_text() and "x*.bin" not in fast.RESULTS.read_text()
-    seconds = 190.75 * (8.001 - 4.914) / 4  # 763 steps of 0.25 s, straight from 8 to 4
-    assert f"| {seconds:.1f} s, {seconds / 0.25 * 131072 / 1e6:.1f} M |" in out
+    seconds = 381.5 * (8.001 - 4.914) / 4  # 1526 steps of 0.25 s, straight from 8 to 4
+    assert f"| {seconds:.1f} s, {seconds / 0.25 * 65536 / 1e6:.1f} M |" in out
     assert "| `d12` | 1 | 524,288 | 20,001 | 20.0 |" in out
 
 
@@ -254,15 +268,15 @@ def test_nothing_is_run_twice(bench, monkeypatch):
     assert fast.main(only) == 0 and len(bench.calls()) == 4  # another version, and its records say which they are of
     assert fast.main(["--only", "adamw", "--seeds", "3"]) == 0 and len(bench.calls()) == 5
     assert [row["script_sha256"] == "another" for row in fast.results()] == [False] * 4 + [True]
-    assert fast.main(["--only", "sweep_d12"]) == 0 and len(bench.calls()) == 9  # the rung is one of its five
+    assert fast.main(["--only", "sweep_d12"]) == 0 and len(bench.calls()) == 7  # the rung is one of its three
     monkeypatch.setattr(fast.measuring, "gpu_name", lambda: "Another GPU")
-    assert fast.main(["--only", "adamw", "--seeds", "1"]) == 0 and len(bench.calls()) == 10
+    assert fast.main(["--only", "adamw", "--seeds", "1"]) == 0 and len(bench.calls()) == 8
 
 
 def test_a_failed_run_is_said_and_the_next_goes_on(bench, capsys):
     bench.broken.write_text("2")
     assert fast.main("--only qk_norm relu2 zero_init untied --seeds 1".split()) == 1
-    assert [row["name"] for row in fast.results()] == ["untied", "qk_norm"]
+    assert [row["name"] for row in fast.results()] == ["qk_norm", "untied"]
     out = capsys.readouterr().out
     assert "failed: ladder relu2, seed 1: exit code 2: error: out of luck\n" in out and len(bench.calls()) == 4
     assert "failed: ladder zero_init" in out and "Traceback" not in out
@@ -294,21 +308,24 @@ def test_an_interruption_loses_no_record(bench, monkeypatch):
 
 def made_up(run, seed, **figures):
     loss = figures.pop("val_loss", 4.0)
-    curve = figures.pop("curve", [(run.steps, run.steps * 131072, 20 + 0.25 * run.steps, loss)])
+    curve = figures.pop("curve", [(run.steps, run.tokens, 20 + 0.25 * run.steps, loss)])
     return dict(dict(**run._asdict(), seed=seed, val_loss=loss, curve=curve, tokens_per_second=524288.0,
                      step_avg_ms=250.0, peak_mem_MB=20000, first_step_s=20.25, wall_s=100.0, gpu="A GPU",
-                     torch="2.11.0", script_sha256="abcdef0123", beside=0, data=None), **figures)
+                     torch="2.11.0", script_sha256="abcdef0123", beside=0, sharing=0, data=None), **figures)
 
 
 def test_what_a_run_is_expected_to_take():
     short, full = fast.ladder()["muon"][1], fast.Run("full", "d12", fast.FULL["d12"])
     rows = [made_up(short, 1, wall_s=100.0), made_up(short, 2, wall_s=90.0, step_avg_ms=200.0)]
-    beyond = max(100 - 227 * 0.25, 90 - 227 * 0.2)
+    beyond = max(100 - 454 * 0.25, 90 - 454 * 0.2)
     assert fast.expected_seconds(full, []) == 0
-    assert fast.expected_seconds(full, rows) == pytest.approx(1.1 * (beyond + 763 * 0.25))
-    slow = made_up(full, 1, wall_s=400.0, step_avg_ms=300.0)
-    assert fast.expected_seconds(short, [*rows, slow]) == pytest.approx(1.1 * (beyond + 227 * 0.25))  # its own
-    assert fast.expected_seconds(full, [*rows, slow]) == pytest.approx(1.1 * 400)
+    assert fast.expected_seconds(full, rows) == pytest.approx(1.1 * (beyond + 1526 * 0.25))
+    slow = made_up(full, 1, wall_s=500.0, step_avg_ms=300.0)
+    assert fast.expected_seconds(short, [*rows, slow]) == pytest.approx(1.1 * (beyond + 454 * 0.25))  # its own
+    assert fast.expected_seconds(full, [*rows, slow]) == pytest.approx(1.1 * 500)
+    shared = made_up(short, 1, wall_s=300.0, sharing=2)
+    assert fast.expected_seconds(short, [*rows, shared], 2) == pytest.approx(1.1 * 300)  # its like, though slower
+    assert fast.expected_seconds(short, [*rows, shared], 1) > fast.expected_seconds(short, rows)  # none is: the slowest
 
 
 def test_the_budget_stops_before_a_run_that_would_not_end_in_it(bench, monkeypatch, capsys):
@@ -329,12 +346,12 @@ def test_each_gpu_has_a_run_of_its_own(bench, monkeypatch, visible, devices):
     busy, most = set(), []
     measure = fast.measure
 
-    def watched(run, seed, data, device, beside):
-        assert device not in busy and beside == 1
+    def watched(run, seed, data, device, beside, sharing):
+        assert device not in busy and (beside, sharing) == (1, 0)
         busy.add(device)
         most.append(len(busy))
         try:
-            return measure(run, seed, data, device, beside)
+            return measure(run, seed, data, device, beside, sharing)
         finally:
             busy.remove(device)
 
@@ -397,16 +414,31 @@ def test_the_full_runs_of_made_up_records():
 
 
 def test_the_sweeps_of_made_up_records():
-    losses = {"3e-4": 5.0, "6e-4": 4.9, "1e-3": 4.8, "1.5e-3": 4.7, "2e-3": 4.75}
+    losses = {"6e-4": 4.9, "1e-3": 4.8, "1.5e-3": 4.85}
     rows = [made_up(run, 1, val_loss=losses[value]) for value, run in fast.swept("sweep_d12")]
     rows += [made_up(run, 1, val_loss=4.0 - float(value)) for value, run in fast.swept("sweep_muon")]
     ladder, found = fast.tables(rows)  # the rung adamw is one of the runs
     assert "| `adamw` |" in ladder and "4.8000" in ladder
     taken = fast.RATES[fast.D12]["learning_rate"]
-    each = "3e-4: 5.0000, 6e-4: 4.9000, 1e-3: 4.8000, 1.5e-3: 4.7000, 2e-3: 4.7500"
-    assert f"| `sweep_d12` | `d12`, learning_rate | {each} | 1.5e-3 | {taken} |" in found
+    each = "6e-4: 4.9000, 1e-3: 4.8000, 1.5e-3: 4.8500"
+    assert f"| `sweep_d12` | `d12`, learning_rate | {each} | 1e-3 | {taken} |" in found
     assert "| 0.0125: 3.9875, 0.025: 3.9750, 0.05: 3.9500 | 0.05 (the end of the row) | 0.025 |" in found
-    assert "| `sweep_embedding` | `d12_fast`, embedding_lr | 0.15: 3.9750 | not all measured | 0.15 |" in found
+    assert "| `sweep_embedding` | `d12_fast`, embedding_lr | 0.15: 3.9750 | not all measured | 0.45 |" in found
+
+
+def test_what_was_tried_of_made_up_records():
+    runs = fast.tried()
+    rows = [made_up(runs[name], seed, val_loss=loss + seed / 1000, sharing=sharing) for name, loss, sharing in (
+        ("preset", 4.0, 1), ("batch_32768", 3.9, 0), ("in_order", 4.2, 0), ("in_order_131072", 4.1, 0))
+            for seed in (1, 2)]
+    table = next(found for found in fast.tables(rows) if found.startswith("| tried"))
+    preset, batch, in_order, larger = table.splitlines()[2:]
+    assert preset.startswith("| `preset` |") and preset.endswith("| 2 | - | 20,000 | 4.0015 | 0.0007 | - | - | - |")
+    p = welch_by_hand([3.901, 3.902], [4.001, 4.002])
+    assert batch.startswith("| `batch_32768` | to `preset`: ")
+    assert batch.endswith(f"| 2 | 524,288 | 20,000 | 3.9015 | 0.0007 | -0.1000 | {p:.3g} | better |")
+    assert "| +0.2000 |" in in_order and in_order.endswith("| worse |")
+    assert "to `in_order`: " in larger and "| -0.1000 |" in larger
 
 
 def test_what_it_prints(monkeypatch, tmp_path, capsys):
@@ -471,7 +503,7 @@ def test_the_readme_has_the_ladder_and_the_commands():
     for words in measured:
         fast.make_parser().parse_args(words)
     assert f"{len(fast.runs(None, 3))} runs in all" in text
-    for _, rate, values in fast.SWEEPS.values():
+    for _, rate, values, _ in fast.SWEEPS.values():
         assert ", ".join(values) in " ".join(text.split()), rate
 
 

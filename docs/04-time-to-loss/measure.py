@@ -10,7 +10,8 @@
 The first runs what results.jsonl does not hold yet for this GPU and appends a record each: the SWEEPS with seed 1, then
 seed by seed the FULL runs and the LADDER. A run is its flags and its seed: one that is there is not run again when the
 script has changed, and its record says which version it is of. --only picks some by name, --seeds says how many,
---budget_s when to stop; --parallel gives each GPU of the machine a run of its own. The last two only show.
+--budget_s when to stop; --parallel uses all GPUs of the machine, --parallel 3 with three runs on each at a time: while
+one compiles another trains, and their losses count, but not their speed. The last two only show.
 """
 import argparse
 import collections
@@ -36,22 +37,34 @@ sys.path.insert(0, str(HERE.parent))
 import measuring  # noqa: E402
 from measuring import table  # noqa: E402
 
-SHAPE = ("--batch_size 64 --sequence_length 1024 --total_batch_size 131072 --warmdown_fraction 0.6 "
+SHAPE = ("--batch_size 64 --sequence_length 1024 --total_batch_size 65536 --shuffle --warmdown_fraction 0.6 "
          "--min_lr_fraction 0.1 --no_save_checkpoints")
-SHORT = "--num_iterations 227 --val_loss_every 0"  # 29.8 M tokens, validated at the end
+SHORT = "--num_iterations 454 --val_loss_every 0"  # 29.8 M tokens, validated at the end
+TWICE = "--total_batch_size 131072 --num_iterations 227"  # as many in larger batches
+IN_ORDER = "--no_shuffle"
+HALF = "--batch_size 32 --total_batch_size 32768 --num_iterations 908"
 D12 = "--model d12 --learning_rate {learning_rate} --warmup_iters {warmup_iters}"
 FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --learning_rate {learning_rate}"
 RATES = {  # those that the ladder and the full runs have; FAST's are the preset's
-    D12: dict(learning_rate="1e-3", warmup_iters="23"),
-    FAST: dict(muon_lr="0.025", embedding_lr="0.15", learning_rate="0.004"),
+    D12: dict(learning_rate="1e-3", warmup_iters="45"),
+    FAST: dict(muon_lr="0.025", embedding_lr="0.45", learning_rate="0.004"),
 }
+START = RATES | {FAST: RATES[FAST] | dict(embedding_lr="0.15")}  # those that the sweeps and the trials change
 
-# name -> (the flags, the rate that is swept, its values)
+# name -> (the flags, the rate that is swept, its values, what else is typed)
 SWEEPS = {
-    "sweep_d12": (D12, "learning_rate", ("3e-4", "6e-4", "1e-3", "1.5e-3", "2e-3")),
-    "sweep_muon": (FAST, "muon_lr", ("0.0125", "0.025", "0.05")),
-    "sweep_embedding": (FAST, "embedding_lr", ("0.05", "0.15", "0.45")),
-    "sweep_head": (FAST, "learning_rate", ("0.002", "0.004", "0.008")),  # of d12_fast only the head has it
+    "sweep_d12": (D12, "learning_rate", ("6e-4", "1e-3", "1.5e-3"), ""),
+    "sweep_muon": (FAST, "muon_lr", ("0.0125", "0.025", "0.05"), ""),
+    "sweep_embedding": (FAST, "embedding_lr", ("0.05", "0.15", "0.45"), ""),
+    "sweep_head": (FAST, "learning_rate", ("0.002", "0.004", "0.008"), ""),  # of d12_fast only the head has it
+    "in_order_d12": (D12, "learning_rate", ("3e-4", "6e-4", "1e-3"), IN_ORDER),
+    "in_order_d12_131072": (D12, "learning_rate", ("3e-4", "6e-4", "1e-3", "1.5e-3", "2e-3"),
+                            f"{IN_ORDER} {TWICE} --warmup_iters 23"),
+    "in_order_muon": (FAST, "muon_lr", ("0.025", "0.05"), IN_ORDER),
+    "in_order_embedding": (FAST, "embedding_lr", ("0.15", "0.45"), IN_ORDER),
+    "in_order_head": (FAST, "learning_rate", ("0.004", "0.008"), IN_ORDER),
+    "in_order_131072_muon": (FAST, "muon_lr", ("0.0125", "0.025", "0.05"), f"{IN_ORDER} {TWICE}"),
+    "in_order_131072_embedding": (FAST, "embedding_lr", ("0.05", "0.15"), f"{IN_ORDER} {TWICE}"),
 }
 
 # rung -> (what it adds to the flags of the rung before, in words); of a flag that stands twice the last counts
@@ -64,7 +77,7 @@ LADDER = {
     "relu2": ("--mlp relu2", "ReLU squared for GELU"),
     "zero_init": ("--zero_init", "head and matrices into the stream begin at 0"),
     "no_attention_scale": ("--no_scale_attention", "attention added as it is, not by 1/sqrt(24)"),
-    "embd_norm": ("--embd_norm --embd_init_std 1 --embedding_lr 0.15",
+    "embd_norm": ("--embd_norm --embd_init_std 1 --embedding_lr 0.45",
                   "the embedding normalised; its numbers begin at a size of 1, with a rate to match"),
     "x0_lambdas": ("--x0_lambdas --scalar_lr 0.02", "each block begins with a x + b x0"),
     "value_embeddings": ("--value_embeddings 3", "three tables of embeddings in the values of six blocks"),
@@ -78,9 +91,29 @@ LADDER = {
 DROPPED = ()  # rungs that were measured and not kept: those after them are without
 BEYOND_PRESET = ("fp8_head", "document_mask")  # rungs that the preset d12_fast leaves to the user
 
+# what -> (what it adds to the preset's flags, what it is compared with, in words), at as many tokens
+TRIED = {
+    "batch_131072": (TWICE, "preset", "twice the batch, half the steps"),
+    "batch_32768": (HALF, "preset", "half the batch, twice the steps"),
+    "batch_32768_slower": (f"{HALF} --muon_lr 0.018 --embedding_lr 0.1 --learning_rate 0.003", "preset",
+                           "the same, all rates over the square root of 2"),
+    "warmdown_1": ("--warmdown_fraction 1", "preset", "the warm-down from the first step"),
+    "floor_0": ("--min_lr_fraction 0", "preset", "the warm-down to 0"),
+    "no_weight_decay": ("--weight_decay 0", "preset", "no decay"),
+    "in_order": (IN_ORDER, "preset", "the sequences as they lie in the shards"),
+    "in_order_slower": (f"{IN_ORDER} --muon_lr 0.018 --embedding_lr 0.1 --learning_rate 0.003", "in_order",
+                        "all rates over the square root of 2"),
+    "in_order_131072": (f"{IN_ORDER} {TWICE}", "in_order", "twice the batch, half the steps"),
+    "in_order_131072_floor_0": (f"{IN_ORDER} {TWICE} --min_lr_fraction 0", "in_order_131072", "the warm-down to 0"),
+    "in_order_32768_slower": (f"{IN_ORDER} {HALF} --muon_lr 0.0125 --embedding_lr 0.075 --learning_rate 0.002",
+                              "in_order", "half the batch, twice the steps, at half the rates"),
+}
+
 FULL = {
-    "d12": f"{D12.format(**RATES[D12] | dict(warmup_iters='76'))} --num_iterations 763 --val_loss_every 50 {SHAPE}",
-    "d12_fast": f"--model d12_fast --num_iterations 1100 --val_loss_every 50 {SHAPE}",
+    "d12": f"{D12.format(**RATES[D12] | dict(warmup_iters='152'))} --num_iterations 1526 --val_loss_every 100 {SHAPE}",
+    "d12_fast": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE}",
+    "d12_fast_60M": f"{FAST.format(**RATES[FAST])} --num_iterations 915 --val_loss_every 50 {SHAPE}",
+    "d12_fast_in_order": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE} {IN_ORDER}",
 }
 LOSSES = (4.914, 4.01, 3.80, 3.416)  # of the public trainers' curves, see README.md
 LEVEL = 0.05  # of p, below which two rungs are told apart
@@ -95,14 +128,28 @@ class Run(NamedTuple):
 
     @property
     def steps(self):
-        return int(re.findall(r"--num_iterations (\d+)", self.flags)[-1])
+        return int(last_of(self.flags)["num_iterations"])
+
+    @property
+    def tokens(self):
+        return self.steps * int(last_of(self.flags)["total_batch_size"])
+
+    def is_of(self, record):
+        """Whether a record is of this run: of the same flags, in any order."""
+        return last_of(self.flags) == last_of(record["flags"])
+
+
+def last_of(flags):
+    """{flag: its value}, of a switch "" or "no"; of a flag that stands twice the last counts."""
+    typed = re.findall(r"--(no_)?(\S+) ?((?!--)\S*)", flags)
+    return {flag: "no" if no else value for no, flag, value in typed}
 
 
 def swept(name):
     """[(value, Run)] of a sweep."""
-    flags, rate, values = SWEEPS[name]
-    return [(value, Run("sweep", name, f"{flags.format(**RATES[flags] | {rate: value})} {SHORT} {SHAPE}"))
-            for value in values]
+    flags, rate, values, adds = SWEEPS[name]
+    each = [f"{flags.format(**START[flags] | {rate: value})} {SHORT} {SHAPE} {adds}".strip() for value in values]
+    return [(value, Run("sweep", name, flags)) for value, flags in zip(values, each)]
 
 
 def ladder():
@@ -116,16 +163,29 @@ def ladder():
     return found
 
 
+def full(name):
+    return Run("full", name, FULL[name])
+
+
+def tried():
+    """{what: its Run}, the preset at the ladder's length first."""
+    base = f"{FAST.format(**START[FAST])} {SHORT} {SHAPE}"
+    return {name: Run("tried", name, f"{base} {adds}".strip())
+            for name, adds in dict(preset="", **{name: adds for name, (adds, _, _) in TRIED.items()}).items()}
+
+
 def runs(only, seeds):
-    """[(Run, seed)] in the order of running: each of its flags and seed once."""
-    each = [Run("full", name, flags) for name, flags in FULL.items()] + [run for _, run in ladder().values()]
+    """[(Run, seed)] in the order of running, that of `only` where it names some: each of its flags and seed once. Those
+    in order are run where they are named."""
+    each = [full(name) for name in FULL] + [run for _, run in ladder().values()]
+    each += tried().values()
     found = [(run, 1) for name in SWEEPS for _, run in swept(name)]
     found += [(run, seed) for seed in range(1, seeds + 1) for run in each]
     once = {}
     for run, seed in found:
-        if not only or run.name in only:
-            once.setdefault((run.flags, seed), (run, seed))
-    return list(once.values())
+        if run.name in only if only else "in_order" not in run.name:
+            once.setdefault((frozenset(last_of(run.flags).items()), seed), (run, seed))
+    return sorted(once.values(), key=lambda task: only.index(task[0].name)) if only else list(once.values())
 
 
 def results():
@@ -142,9 +202,9 @@ def source():
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
 
 
-def measure(run, seed, data, device, beside):
-    """Run the script once, on one GPU by its number (None: the first), beside so many others; its record without the
-    name of the GPU."""
+def measure(run, seed, data, device, beside, sharing):
+    """Run the script once, on one GPU by its number (None: the first), beside so many others, of which so many share
+    that GPU; its record without the name of the GPU."""
     environment = {**os.environ, **({} if device is None else dict(CUDA_VISIBLE_DEVICES=device))}
     before, begin = source(), time.perf_counter()
     with tempfile.TemporaryDirectory() as logs:
@@ -153,7 +213,8 @@ def measure(run, seed, data, device, beside):
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
         records = [json.loads(line) for line in next(Path(logs).glob("*/metrics.jsonl")).read_text().splitlines()]
-    found = dict(**run._asdict(), seed=seed, **figures(records), wall_s=time.perf_counter() - begin, beside=beside)
+    found = dict(**run._asdict(), seed=seed, **figures(records), wall_s=time.perf_counter() - begin, beside=beside,
+                 sharing=sharing)
     said = re.search(r"^data: (.*)$", done.stdout, re.M)
     return found | dict(data=said and said[1], script_sha256=before)
 
@@ -169,14 +230,16 @@ def figures(records):
     )
 
 
-def expected_seconds(run, rows):
-    """What a run will take by those so far, of the same flags if there are any: its steps, and what such a run took
-    beyond them. 0 where there is none."""
-    like = [r for r in rows if r["flags"] == run.flags] or rows
+def expected_seconds(run, rows, sharing=0):
+    """What a run will take by those so far, if there are any of the same flags, else by those that had as many beside
+    them on their GPU: its tokens, and what such a run took beyond them. 0 where there is none."""
+    alike = [r for r in rows if r["sharing"] == sharing]
+    like = [r for r in alike if run.is_of(r)] or alike or rows
     if not like:
         return 0.0
     beyond = max(r["wall_s"] - r["curve"][-1][0] * r["step_avg_ms"] / 1000 for r in like)
-    return MARGIN * (beyond + run.steps * max(r["step_avg_ms"] for r in like) / 1000)
+    a_token = max(r["step_avg_ms"] * r["curve"][-1][0] / r["curve"][-1][1] for r in like)
+    return MARGIN * (beyond + run.tokens * a_token / 1000)
 
 
 def why(error):
@@ -192,19 +255,20 @@ def run_all(tasks, gpu, torch_version, devices, end, data):
     that would not be done by `end`, of time.monotonic()."""
     waiting, lock, failures = collections.deque(tasks), threading.Lock(), []
 
-    def take():
+    def take(sharing):
         with lock:
             mine = [r for r in results() if r["gpu"] == gpu]
-            if waiting and time.monotonic() + expected_seconds(waiting[0][0], mine) > end:
+            if waiting and time.monotonic() + expected_seconds(waiting[0][0], mine, sharing) > end:
                 print(f"no time left for {waiting[0][0].name}: {len(waiting)} runs are still to do", flush=True)
                 waiting.clear()
             return waiting.popleft() if waiting else None
 
     def work(device):
-        while task := take():
+        sharing = devices.count(device) - 1
+        while task := take(sharing):
             run, seed = task
             try:
-                row = measure(run, seed, data, device, len(devices) - 1)
+                row = measure(run, seed, data, device, len(devices) - 1, sharing)
             except Exception as error:  # whatever it is, the next run may do
                 with lock:
                     failures.append(task)
@@ -229,12 +293,13 @@ def run_all(tasks, gpu, torch_version, devices, end, data):
 
 
 def devices_of(parallel):
-    """The numbers of the GPUs to use as CUDA_VISIBLE_DEVICES takes them; None is the first, whatever it is."""
+    """The number of a GPU as CUDA_VISIBLE_DEVICES takes it for each of the runs at a time, `parallel` of them on each;
+    for None one run on the first GPU, whatever it is."""
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     every = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    return every if parallel else [None]
+    return [None] if parallel is None else every * parallel
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,7 +354,7 @@ def reached(curve, target):
 
 def losses(rows, run):
     """{seed: validation loss} of a run."""
-    return {r["seed"]: r["val_loss"] for r in rows if r["flags"] == run.flags}
+    return {r["seed"]: r["val_loss"] for r in rows if run.is_of(r)}
 
 
 def mean(values):
@@ -302,23 +367,41 @@ def verdict(difference, p):
     return "not told apart" if p >= LEVEL else "better" if difference < 0 else "worse"
 
 
+def comparison(label, words, rows, run, other):
+    """A line of a table, [] where the run is not measured: its losses beside those of the other (None: of none). Speed
+    is that of the runs which had a GPU to themselves."""
+    mine, values = [r for r in rows if run.is_of(r)], list(losses(rows, run).values())
+    others = list(losses(rows, other).values()) if other else []
+    apart, p = (mean(values) - mean(others) if mine and others else None), welch(values, others)
+    speed = mean([r["tokens_per_second"] for r in mine if not r["sharing"]])
+    return mine and [
+        label, words, str(len(values)), "-" if speed is None else f"{speed:,.0f}",
+        f"{max(r['peak_mem_MB'] for r in mine):,}", f"{mean(values):.4f}",
+        f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-", "-" if apart is None else f"{apart:+.4f}",
+        "-" if p is None else f"{p:.3g}", verdict(apart, p),
+    ]
+
+
+def comparison_table(head, against, lines):
+    heads = [head, "what it adds", "seeds", "tokens/s", "MiB", "loss", "std", f"to {against}", "p", ""]
+    return any(lines) and table(heads, [line for line in lines if line])
+
+
 def ladder_table(rows):
-    lines, rungs = [], ladder()
-    for rung, (before, run) in rungs.items():
-        mine = [r for r in rows if r["flags"] == run.flags]
-        values = list(losses(rows, run).values())
-        others = list(losses(rows, rungs[before][1]).values()) if before else []
-        if not mine:
-            continue
-        apart, p = (mean(values) - mean(others) if others else None), welch(values, others)
-        lines.append([
-            f"`{rung}`" + " (dropped)" * (rung in DROPPED), LADDER[rung][1], str(len(values)),
-            f"{mean([r['tokens_per_second'] for r in mine]):,.0f}", f"{max(r['peak_mem_MB'] for r in mine):,}",
-            f"{mean(values):.4f}", f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-",
-            "-" if apart is None else f"{apart:+.4f}", "-" if p is None else f"{p:.3g}", verdict(apart, p),
-        ])
-    return lines and table(["rung", "what it adds", "seeds", "tokens/s", "MiB", "loss", "std", "to the rung before",
-                            "p", ""], lines)
+    rungs = ladder()
+    return comparison_table("rung", "the rung before", [
+        comparison(f"`{rung}`" + " (dropped)" * (rung in DROPPED), LADDER[rung][1], rows, run,
+                   before and rungs[before][1])
+        for rung, (before, run) in rungs.items()])
+
+
+def tried_table(rows):
+    variants = tried()
+    begin = "`d12_fast` at the rates that the sweeps begin with"
+    lines = [comparison("`preset`", begin, rows, variants["preset"], None)]
+    lines += [comparison(f"`{name}`", f"to `{against}`: {words}", rows, variants[name], variants[against])
+              for name, (_, against, words) in TRIED.items()]
+    return any(lines[1:]) and comparison_table("tried", "that", lines)
 
 
 def place(seconds, tokens):
@@ -327,8 +410,8 @@ def place(seconds, tokens):
 
 def full_table(rows):
     lines = []
-    for name, flags in FULL.items():
-        for r in sorted((r for r in rows if r["flags"] == flags), key=lambda r: r["seed"]):
+    for name in FULL:
+        for r in sorted((r for r in rows if full(name).is_of(r) and not r["sharing"]), key=lambda r: r["seed"]):
             curve = learning_curve(r)
             found = [reached(curve, target) for target in LOSSES]
             lines.append([f"`{name}`", str(r["seed"]), f"{r['tokens_per_second']:,.0f}", f"{r['peak_mem_MB']:,}",
@@ -340,7 +423,7 @@ def full_table(rows):
 
 def sweep_table(rows):
     lines = []
-    for name, (flags, rate, values) in SWEEPS.items():
+    for name, (flags, rate, values, _) in SWEEPS.items():
         found = {value: losses(rows, run)[1] for value, run in swept(name) if 1 in losses(rows, run)}
         if not found:
             continue
@@ -353,10 +436,10 @@ def sweep_table(rows):
 
 
 def tables(rows):
-    """The Markdown tables of a GPU's rows: the full runs, the ladder, the sweeps; of a run that is there twice its
-    newest record."""
-    rows = list({(r["flags"], r["seed"]): r for r in rows}.values())
-    return [found for found in (full_table(rows), ladder_table(rows), sweep_table(rows)) if found]
+    """The Markdown tables of a GPU's rows: the full runs, the ladder, what was tried over the preset, the sweeps; of a
+    run that is there twice its newest record."""
+    rows = list({(frozenset(last_of(r["flags"]).items()), r["seed"]): r for r in rows}.values())
+    return [found for make in (full_table, ladder_table, tried_table, sweep_table) if (found := make(rows))]
 
 
 def plot():
@@ -366,15 +449,15 @@ def plot():
     except ImportError:
         print("error: --plot needs the package matplotlib; pip install matplotlib", file=sys.stderr)
         return 2
-    full = [(name, r) for name, flags in FULL.items() for r in results() if r["flags"] == flags]
-    if not full:
+    found = [(name, r) for name in FULL for r in results() if full(name).is_of(r) and not r["sharing"]]
+    if not found:
         print("error: results.jsonl holds no full run; --only d12 d12_fast measures them", file=sys.stderr)
         return 2
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
-    for name, r in full:
+    for name, r in found:
         seconds, _, values = zip(*learning_curve(r))
         axes.plot(seconds, values, label=f"{name}, seed {r['seed']}, {r['gpu']}")
     for target in LOSSES:
@@ -382,7 +465,7 @@ def plot():
     axes.set(xlabel="seconds of training, compilation left out", ylabel="validation loss, nats a token")
     axes.legend()
     figure.savefig(CURVE, dpi=150)
-    print(f"{CURVE.name} has {len(full)} runs")
+    print(f"{CURVE.name} has {len(found)} runs")
     return 0
 
 
@@ -399,10 +482,10 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
     parser.add_argument("--plot", action="store_true", help="write curve.png from its full runs and stop")
-    parser.add_argument("--only", nargs="+", choices=[*SWEEPS, *FULL, *LADDER], help="these alone")
+    parser.add_argument("--only", nargs="+", choices=[*SWEEPS, *FULL, *LADDER, *TRIED, "preset"], help="these alone")
     parser.add_argument("--seeds", type=int, default=3, help="of each rung and each full run [3]")
     parser.add_argument("--budget_s", type=float, default=math.inf, help="begin no run that would end later than this")
-    parser.add_argument("--parallel", action="store_true", help="one run on each GPU at a time")
+    parser.add_argument("--parallel", type=int, nargs="?", const=1, metavar="N", help="N runs on each GPU [1]")
     parser.add_argument("--input_bin", help="training shards, as train_gpt2_mod.py takes them")
     parser.add_argument("--input_val_bin", help="validation shards")
     return parser
@@ -420,8 +503,9 @@ def main(argv=None):
 
         data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
                 for word in (f"--{name}", getattr(args, name))]
-        done = {(r["flags"], r["seed"]) for r in results() if r["gpu"] == gpu}
-        tasks = [(run, seed) for run, seed in runs(args.only, args.seeds) if (run.flags, seed) not in done]
+        done = [r for r in results() if r["gpu"] == gpu and not (r["kind"] == "full" and r["sharing"])]
+        tasks = [(run, seed) for run, seed in runs(args.only, args.seeds)
+                 if not any(run.is_of(r) and r["seed"] == seed for r in done)]
         failed = run_all(tasks, gpu, torch.__version__, devices_of(args.parallel), end + args.budget_s, data)
     print_tables()
     return 1 if failed else 0
