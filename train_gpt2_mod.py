@@ -77,6 +77,9 @@ LARGEST = 10**12  # of a whole number anywhere: what is above it is a slip, and 
 WANDB_PATIENCE = 60  # seconds that W&B has to start, and to send its last records
 TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
 PROFILED_STEPS = 3  # after those
+UNKNOWN_STEPS = 10**9  # num_iterations while the first steps of --minutes are timed
+FITTED_AT = (2, 5, 10, 20)  # after one of so many steps they are found: where a tenth of the time is over, or the last
+FAST_TOKENS_PER_PARAMETER = 1.167  # of blocks and head: d12_fast's 144 M tokens
 
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the device's
 # name counts, so longer names stand before their beginnings.
@@ -375,7 +378,8 @@ def nearest_multiples(value, of):
 class TrainConfig:
     """The run: data, batch, schedule, evaluation, output. Counts are in the unit their help names."""
 
-    model: str = option("d12", "preset; network flags change it", choices=lambda: tuple(base_configs))
+    model: str = option("d12", "preset; network flags change it; any depth from d4_fast to d48_fast",
+                        choices=lambda: tuple({**base_configs, **fast_presets}))
     input_bin: str = option("data/fineweb10B/fineweb_train_*.bin", "training shards (a glob pattern, quoted)")
     input_val_bin: str = option("data/fineweb10B/fineweb_val_*.bin", "validation shards; empty: no validation")
     output_dir: str = option("logs", "folder of runs; each run makes its own folder in it")
@@ -389,6 +393,7 @@ class TrainConfig:
         aliases=("grad_accum_steps", "gradient_accumulation_steps"),
     )
     num_iterations: int = option(1000, "optimizer steps")
+    minutes: float = option(0.0, "find num_iterations by the first steps' time; compilation, validation come on top")
     optimizer: str = option("adamw", "what updates the blocks' matrices; all else is AdamW's", choices=OPTIMIZERS)
     learning_rate: float = option(6e-4, "learning rate after the warm-up, the highest")
     embedding_lr: float = option(0.0, "that of the embeddings, tied or not; 0: learning_rate")
@@ -480,6 +485,11 @@ class TrainConfig:
                 "one schedule, that of learning_rate; type a rate above 0")
 
     @property
+    def unfitted(self):
+        """Whether the steps of --minutes are not known yet."""
+        return self.minutes > 0 and self.num_iterations == UNKNOWN_STEPS
+
+    @property
     def tokens_per_step(self):
         return self.grad_accumulation_steps * self.batch_size * self.sequence_length
 
@@ -496,6 +506,7 @@ class Shorthand:
     kv_head_ratio: float = option(0.25, "key/value heads as a share of the query heads, rounded down to a divisor")
     embd_scale: float = option(1.0, "widen n_embd by this factor, to a head size that is a multiple of 8", parse=number)
     total_batch_size: int = option(0, "tokens a step over all processes; sets --grad_accumulation_steps")
+    tokens: int = option(0, "train on about so many tokens; sets --num_iterations", most=2**53)
     warmdown_fraction: float = option(0.0, "share of num_iterations that is warm-down; sets --warmdown_iters")
 
 
@@ -529,7 +540,6 @@ base_configs: dict[str, dict[str, Any]] = {
     "d36": dict(n_layer=36, n_head=20, n_embd=1280),
     "d48": dict(n_layer=48, n_head=25, n_embd=1600),
     "d12_mla": dict(mixer="latent", **HYBRID),
-    "d12_fast": dict(n_head=6, **FAST),
     "gpt2": dict(**GPT2),
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, **GPT2),
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, **GPT2),
@@ -548,14 +558,33 @@ base_configs: dict[str, dict[str, Any]] = {
     "mini": dict(n_layer=6, n_head=6, n_embd=384),
 }
 
-# How a preset is trained, where that belongs to it: what differs from TrainConfig's defaults when a run begins with it.
-run_configs: dict[str, dict[str, Any]] = {
-    "d12_fast": dict(
-        optimizer="muon", muon_lr=0.025, momentum_warmup_steps=300, cautious_weight_decay=True, learning_rate=0.004,
-        embedding_lr=0.45, scalar_lr=0.02, beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=65_536,
-        num_iterations=2200, shuffle=True, warmdown_fraction=0.6, min_lr_fraction=0.1,
-    ),
-}
+
+def fast_configs(depth):
+    """(The network, and what differs from TrainConfig's defaults when a run begins with it) of the preset of so many
+    blocks. How width, batch, rates and decay go with depth are nanochat's rules (github.com/karpathy/nanochat); the
+    values of 12 blocks are measured in docs/04-time-to-loss."""
+    width = 128 * math.ceil(depth / 2)
+    network = dict(FAST, n_layer=depth, n_embd=width, n_head=width // 128, value_embeddings=min(3, depth // 2))
+    size, size_of_12 = (12 * n * w**2 + GPT2_VOCAB_SIZE * w for n, w in ((depth, width), (12, 768)))
+    batch = 2 ** round(16 + 0.383 * math.log2(size / size_of_12))
+    steps = round(FAST_TOKENS_PER_PARAMETER * size / batch)
+    rate = math.sqrt(batch / 65536)  # of noise that is smaller in a larger batch
+    wide = rate / math.sqrt(width / 768)
+    return network, dict(
+        optimizer="muon", muon_lr=0.025 * rate, momentum_warmup_steps=300, cautious_weight_decay=True,
+        weight_decay=0.1 * rate * (12 / depth), learning_rate=0.004 * wide, embedding_lr=0.45 * wide, scalar_lr=0.02,
+        beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=batch, num_iterations=steps, shuffle=True,
+        warmdown_fraction=0.6, min_lr_fraction=0.1,
+    )
+
+
+fast_presets = {f"d{depth}_fast": fast_configs(depth) for depth in range(4, 49)}
+base_configs["d12_fast"] = fast_presets["d12_fast"][0]  # which stands for them where presets are listed
+
+
+def preset(name):
+    """(What differs from GPTConfig's defaults, what from TrainConfig's)."""
+    return fast_presets.get(name) or (base_configs[name], {})
 
 
 class Machine(NamedTuple):
@@ -690,6 +719,23 @@ def rule_optimizer(fields, typed, machine):
     return {} if fields["optimizer"] == "muon" else {name: defaults[name] for name in muons}, None
 
 
+def rule_length(fields, typed, machine):
+    """The steps of --tokens; those of --minutes are found while training, and until then there is no end."""
+    require(typed.get("tokens", 1) > 0, f"tokens={typed.get('tokens')} must be at least 1")
+    given = [name for name in ("num_iterations", "tokens", "minutes") if typed.get(name)]
+    require(len(given) < 2, f"{' and '.join(given)} each say how long the run is; drop all but one")
+    if typed.get("minutes"):
+        require("warmdown_iters" not in typed, "warmdown_iters with minutes: how many steps there will be is not known "
+                "yet; type --warmdown_fraction")
+        share = fields["warmdown_iters"] / fields["num_iterations"]  # of a checkpoint's run
+        return dict(num_iterations=UNKNOWN_STEPS, warmdown_iters=round(share * UNKNOWN_STEPS)), None
+    if not typed.get("tokens"):
+        return dict(minutes=0.0) if typed.get("num_iterations") else {}, None
+    step = fields["grad_accumulation_steps"] * fields["batch_size"] * fields["sequence_length"]
+    steps = max(1, round(typed["tokens"] / step))
+    return dict(num_iterations=steps, minutes=0.0), f"num_iterations={steps}: {steps * step:,} tokens"
+
+
 def rule_warmdown(fields, typed, machine):
     """The linear schedule's warm-down as a share of the run, unless it is typed in steps."""
     wanted, share = "warmdown_fraction" in typed, fields.get("warmdown_fraction", 0.0)
@@ -705,6 +751,7 @@ def rule_warmdown(fields, typed, machine):
         changes["warmdown_iters"] = min(round(share * steps), left)
         note = f"warmdown_iters={changes['warmdown_iters']}: {share:g} of num_iterations={steps}"
         note += f", as far as warmup_iters={fields['warmup_iters']} leaves it" * (round(share * steps) > left)
+        note = None if steps == UNKNOWN_STEPS else note
     falls = fields["schedule"] != "linear" or changes.get("warmdown_iters", fields["warmdown_iters"])
     if not falls and "min_lr_fraction" not in typed:  # a preset's gives way
         changes["min_lr_fraction"] = 0.0
@@ -802,11 +849,12 @@ RULES = (
     (rule_precision, ()),
     (rule_kernels, ()),
     (rule_optimizer, ()),
-    (rule_warmdown, ("warmdown_fraction",)),
     (rule_checkpoints, ()),
     (rule_vocabulary, ()),
     (rule_batch_size, ()),
     (rule_accumulation, ("total_batch_size",)),
+    (rule_length, ("tokens",)),
+    (rule_warmdown, ("warmdown_fraction",)),
 )
 PRESET_FLAGS = {"model", "gqa_enabled", "kv_head_ratio", "embd_scale"}  # typed, they start from a preset's numbers
 FOUND_BY_RULES = ("vocab_size", "precision", "grad_accumulation_steps")  # no default counts: a rule finds them
@@ -828,10 +876,12 @@ def resolve(typed, machine, base=None):
     fields.update(base or network)
     name = typed.get("model", fields["model"])
     if base is None or typed.keys() & PRESET_FLAGS:
-        require(name in base_configs, unknown_choice("model", name, base_configs))
-        fields.update(network, **base_configs[name])
+        known = {**base_configs, **fast_presets}
+        require(name in known, unknown_choice("model", name, known))
+        its_network, its_training = preset(name)
+        fields.update(network, **its_network)
         if "tokens_per_step" not in fields:  # which a checkpoint has: a resume trains as it began
-            fields.update(run_configs.get(name, {}))
+            fields.update(its_training)
     fields.update(typed)
     if base and not typed.keys() & PRESET_FLAGS and typed.get("n_embd") == base["n_embd"]:
         typed = {name: value for name, value in typed.items() if name != "n_embd"}  # which asks for no other heads
@@ -868,7 +918,8 @@ def make_parser():
         for f in dataclasses.fields(cls):
             choices = f.metadata["choices"]
             choices = choices() if callable(choices) else choices
-            text = f.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
+            listed = base_configs if f.name == "model" else choices
+            text = f.metadata["help"] + (f": {', '.join(listed)}" if choices else "")
             if f.type is not bool and f.default != "" and f.name not in FOUND_BY_RULES:
                 text += f" [{f.default}]"
             text = text.replace("%", "%%")
@@ -1226,7 +1277,7 @@ class RunLog(NullLog):
 
 def format_record(record, steps):
     """The console line of a record: `step:S/N | loss L | ... | step_avg:X ms`, or the validation's."""
-    head = f"step:{record['step']}/{steps}"
+    head = f"step:{record['step']}/{'?' if steps == UNKNOWN_STEPS else steps}"
     if record.get("skipped"):
         return f"{head} | update skipped: the loss or the gradient is not finite | tokens {record['tokens']:,}"
     if "val_loss" in record:
@@ -2285,6 +2336,13 @@ def plan(step, config, run):
     return Plan(lr=run.learning_rate * min(rising, falling), mtp_weight=mtp_weight, momentum=momentum)
 
 
+def fitted(run, step_seconds, done):
+    """The run with as many steps as its minutes hold, at least those that are done, and the same share of warm-down."""
+    steps = max(run.warmup_iters, done, round(60 * run.minutes / step_seconds))
+    warmdown = min(round(run.warmdown_iters / run.num_iterations * steps), steps - run.warmup_iters)
+    return dataclasses.replace(run, num_iterations=steps, warmdown_iters=warmdown)
+
+
 def apply_plan(row, model, optimizer):
     for group in optimizer.param_groups:
         group["lr"] = row.lr * group["relative_lr"]
@@ -2767,6 +2825,10 @@ class Saver:
         self.writing, self.copies, self.error = None, {}, None
         self.mark, self.waited, self.rollbacks = time.monotonic(), 0.0, 0  # of and since the last save
 
+    def fits(self, run):
+        """The run has another length from now on."""
+        self.run, self.settings["run"] = run, dataclasses.asdict(run)
+
     def __enter__(self):
         self.pool = ThreadPoolExecutor(1)
         if self.world.is_main and self.run.save_checkpoints and (free := self.free()) < self.bytes:
@@ -3102,12 +3164,13 @@ class Meter:
         skipped = not math.isfinite(loss) or (overflow and not self.state.numerics.scaler.is_enabled())
         rate = self.run.tokens_per_step / self.step_average
         per_gpu = rate * self.flops_per_token / self.world.size
+        whole = 60 * self.run.minutes if self.run.unfitted else self.run.num_iterations * self.step_average
         record = dict(
             step=step, train_loss=loss, lr=row.lr, grad_norm=None if overflow else grad_norm,
             mtp_weight=row.mtp_weight, **self.momentum(row), tokens=tokens, tokens_per_second=rate,
             mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
             step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
-            seconds_left=(self.run.num_iterations - step) * self.step_average,
+            seconds_left=max(0.0, whole - step * self.step_average),
         )
         if skipped:
             record.update(train_loss=None, skipped=True)
@@ -3165,9 +3228,24 @@ def train_step(model, state, row, run, world, asked):
     return numbers, state.numerics.step(state.optimizer, list(state.model.parameters()), run.grad_clip, numbers[0])
 
 
+def fit_to_minutes(state, run, meter, saver, world, log):
+    """The run with the steps that its minutes hold by the mean of those timed so far, or as it is while they are few.
+    Compilation does not count, so no step's own time does."""
+    meter.flush()
+    seconds = world.gather(meter.step_average)[0]  # one answer for all processes
+    meter.resume()
+    if meter.count < FITTED_AT[-1] and meter.count * seconds < 0.1 * 60 * run.minutes:
+        return run
+    run = meter.run = fitted(run, seconds, state.step)
+    saver.fits(run)
+    log.text(f"num_iterations={run.num_iterations}, warmdown_iters={run.warmdown_iters}: what {run.minutes:g} minutes "
+             f"hold of steps of {1000 * seconds:.2f} ms")
+    return run
+
+
 def train(state, config, run, world, log, run_id, val_shards, resumed_from):
     """Train from state.step to the end of the run, to its target, or to a signal."""
-    meter = Meter(state, run, world, log, run_id)
+    meter, begun = Meter(state, run, world, log, run_id), state.step
     model = parallelize(state.model, run, world, log, state.optimizer)
     meter.resume()
     saver = Saver(state, config, run, world, log, run_id, resumed_from)
@@ -3201,6 +3279,8 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
             numbers, grad_norm = train_step(model, state, row, run, world, asked)
             state.step, state.tokens = state.step + 1, state.tokens + run.tokens_per_step
             meter.submit(numbers, grad_norm, row, cursor)
+            if run.unfitted and state.step - begun in FITTED_AT:
+                run = fit_to_minutes(state, run, meter, saver, world, log)
             next_step()
             if run.empty_cache_every and state.step % run.empty_cache_every == 0:
                 world.empty_cache()
@@ -3324,7 +3404,7 @@ def report_end(state, config, run, world, log):
     details = dict(
         peak_memory_mb=peak, n_head=config.n_head, n_kv_head=config.n_kv_head, n_embd=config.n_embd,
         n_layer=config.n_layer, kv_sharing_ratio=config.n_head / config.n_kv_head,
-        embd_scale_factor=config.n_embd / GPTConfig(**base_configs[run.model]).n_embd,
+        embd_scale_factor=config.n_embd / GPTConfig(**preset(run.model)[0]).n_embd,
     )
     log.text(f"training took {state.seconds:.1f} s for {state.step:,} steps, {state.tokens:,} tokens")
     log.text(f"Peak memory consumption: {peak} MiB with precision={config.precision}")
@@ -3436,12 +3516,15 @@ def dry_run(typed, origin):
     lines.append(f"memory plan of one GPU at its peak, {run.batch_size} x {run.sequence_length} tokens a micro-batch: "
                  f"{sum(memory.values()):,.0f} MiB (" + ", ".join(f"{k} {v:,.0f}" for k, v in memory.items()) + ")")
     tokens = run.tokens_per_step * steps
-    lines.append(f"{run.tokens_per_step:,} tokens a step, {tokens:,} in {steps:,} steps" + " to go" * origin.resumed)
+    length = f"{tokens:,} in {steps:,} steps" + " to go" * origin.resumed
+    length = f"for {run.minutes:g} minutes" if run.unfitted else length
+    lines.append(f"{run.tokens_per_step:,} tokens a step, {length}")
     speeds = estimate_speeds(config, run, per_token) if device == "cuda" else []
     for gpu, speed, how in speeds:
-        hours = tokens / speed / world_size / 3600
-        lines.append(f"on {world_size} x {gpu}: {hours:.3g} hours at {speed:,.0f} tokens/s each ({how})")
-    return lines + ["another GPU: these hours x the ratio of the two dense bf16 peaks"] * bool(speeds)
+        hours, in_time = tokens / speed / world_size / 3600, 60 * run.minutes * speed * world_size
+        takes = f"{in_time / 1e6:,.0f} M tokens" if run.unfitted else f"{hours:.3g} hours"
+        lines.append(f"on {world_size} x {gpu}: {takes} at {speed:,.0f} tokens/s each ({how})")
+    return lines + ["another GPU: in the ratio of the two dense bf16 peaks"] * bool(speeds)
 
 
 def find_resume(typed):

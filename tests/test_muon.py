@@ -668,7 +668,7 @@ def test_a_share_of_a_resumed_run_is_of_its_new_length():
     assert resolved("--num_iterations 200 --warmdown_fraction 0.25", base)[1].warmdown_iters == 50
 
 
-RECIPE = script.run_configs["d12_fast"]
+RECIPE = script.preset("d12_fast")[1]
 NO_MUON = {f.name: f.default for f in dataclasses.fields(script.TrainConfig)
            if "muon" in f.name or f.name in ("momentum_warmup_steps", "cautious_weight_decay")}
 
@@ -688,9 +688,9 @@ def test_a_run_begins_with_its_presets_recipe():
 
 def test_recipes_are_of_presets_and_of_fields_that_there_are():
     known = {f.name for cls in (script.TrainConfig, script.Shorthand) for f in dataclasses.fields(cls)}
-    for name, recipe in script.run_configs.items():
-        assert name in script.base_configs and recipe.keys() - {"tokens_per_step"} <= known
-    for name in script.base_configs.keys() - script.run_configs.keys():  # the others change nothing of a run
+    for _, recipe in script.fast_presets.values():
+        assert recipe.keys() - {"tokens_per_step"} <= known
+    for name in script.base_configs.keys() - script.fast_presets.keys():  # the others change nothing of a run
         assert fields_of(resolved(f"--model {name}")[1]) == dict(fields_of(resolved("")[1]), model=name)
 
 

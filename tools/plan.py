@@ -35,7 +35,7 @@ def resized(typed, config, n_head, head_dim):
     flags = dict(n_embd=n_head * head_dim, n_head=n_head)
     if config.gqa_enabled:
         flags["n_kv_head"] = 1 if config.n_kv_head == 1 else n_head * config.n_kv_head // config.n_head
-    if "ffn_hidden" in typed or "ffn_hidden" in script.base_configs[typed.get("model", script.TrainConfig.model)]:
+    if "ffn_hidden" in typed or "ffn_hidden" in script.preset(typed.get("model", script.TrainConfig.model))[0]:
         hidden = script.hidden_width(config.mlp_expansion_factor, flags["n_embd"])
         flags["ffn_hidden"] = typed.get("ffn_hidden", hidden)
     return flags

@@ -112,7 +112,7 @@ TRIED = {
 FULL = {
     "d12": f"{D12.format(**RATES[D12] | dict(warmup_iters='152'))} --num_iterations 1526 --val_loss_every 100 {SHAPE}",
     "d12_fast": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE}",
-    "d12_fast_60M": f"{FAST.format(**RATES[FAST])} --num_iterations 915 --val_loss_every 50 {SHAPE}",
+    "d12_fast_60M": f"{FAST.format(**RATES[FAST])} --num_iterations 916 --val_loss_every 50 {SHAPE}",
     "d12_fast_in_order": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE} {IN_ORDER}",
 }
 LOSSES = (4.914, 4.01, 3.80, 3.416)  # of the public trainers' curves, see README.md
