@@ -240,6 +240,7 @@ class GPTConfig:
         most=500,
     )
     x0_lambdas: bool = option(False, "begin each block with a x + b x0 of stream and embedding, a and b learned")
+    smear: bool = option(False, "add to each embedding that of the token before, times learned numbers that begin at 0")
     embd_norm: bool = option(False, "RMSNorm of the embedding, where the stream begins")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
     mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
@@ -401,6 +402,7 @@ class TrainConfig:
     scalar_lr: float = option(0.0, "that of vectors and scalars; 0: learning_rate")
     muon_lr: float = option(0.02, "that of Muon's matrices, which follows the same schedule")
     muon_momentum: float = option(0.95, "decay of the mean of Muon's gradients")
+    muon_beta2: float = option(0.0, "decay of the mean squares by which NorMuon evens Muon's updates; 0: plain Muon")
     momentum_warmup_steps: int = option(0, f"steps over which muon_momentum rises from {FIRST_MOMENTUM}")
     cautious_weight_decay: bool = option(False, "Muon decays a weight only where its update makes it smaller too")
     schedule: str = option(
@@ -474,7 +476,7 @@ class TrainConfig:
                 "validation; name its shards with --input_val_bin")
         project_counts = self.log_wandb or self.wandb_project == TrainConfig.wandb_project
         require(project_counts, f"wandb_project={self.wandb_project} would be ignored; add --log_wandb")
-        for name in ("beta1", "beta2", "muon_momentum"):
+        for name in ("beta1", "beta2", "muon_momentum", "muon_beta2"):
             require(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1; 0.9 and 0.95 are usual")
         require(self.adam_eps > 0, "adam_eps=0.0 must be above 0: a token that was never seen has no gradient; 1e-8 is "
                 "usual")
@@ -709,7 +711,7 @@ def rule_kernels(fields, typed, machine):
 def rule_optimizer(fields, typed, machine):
     """Flags of an optimizer that this run does not have are refused; what a preset says of it does not count."""
     defaults = field_defaults(TrainConfig)
-    muons = ("muon_lr", "muon_momentum", "momentum_warmup_steps", "cautious_weight_decay")
+    muons = ("muon_lr", "muon_momentum", "muon_beta2", "momentum_warmup_steps", "cautious_weight_decay")
     ignored = [name for name in muons if typed.get(name, defaults[name]) != defaults[name]]
     require(fields["optimizer"] == "muon" or not ignored, f"{', '.join(ignored)} without optimizer=muon would be "
             "ignored; add --optimizer muon")
@@ -1724,6 +1726,7 @@ class GPT(nn.Module):
             self.transformer["wpe"] = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.embd_norm = Norm() if config.embd_norm else nn.Identity()
+        self.smear = nn.Parameter(torch.zeros(config.n_embd)) if config.smear else None
         values = config.n_kv_head * config.head_dim
         self.value_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, values)
                                               for _ in range(config.value_embeddings))
@@ -1769,7 +1772,11 @@ class GPT(nn.Module):
         T, learned = idx.size(1), self.config.position == "learned"
         x = self.transformer.wte(idx)
         x = self.drop(x + self.transformer.wpe.weight[:T] if learned else x)
-        x = self.embd_norm(x).to(stream_dtype(x))
+        x = self.embd_norm(x)
+        if self.smear is not None:
+            follows = (idx != self.config.vocab_size - 1)[..., None]  # a document's first token follows none
+            x = x + follows * self.smear * F.pad(x[:, :-1], (0, 0, 1, 0))
+        x = x.to(stream_dtype(x))
         cos, sin = (None, None) if learned else self.rotary(T)
         if mask is None:
             mask = window_mask(T, self.config.window, idx.device, self.documents(idx))
@@ -2146,6 +2153,19 @@ def orthogonalized(x):
     return y
 
 
+def evened(update, squares, beta2, skipped):
+    """(Updates (n, a, b), a <= b, of which each column, in a square matrix each row, is divided by the root of its mean
+    square over the steps, and the whole as large as before; those mean squares (n, b) after this step). NorMuon (Li et
+    al. 2025, arXiv:2510.05491), which has rows alone. Where `skipped`, a tensor, is not 0, the squares stay."""
+    update, across = update.to(squares.dtype), 2 if update.size(1) == update.size(2) else 1
+    squares = squares.unsqueeze(across)
+    after = beta2 * squares + (1 - beta2) * update.square().mean(across, keepdim=True)
+    after = torch.where(skipped != 0, squares, after)
+    even = update / (after.sqrt() + 1e-10)
+    sizes = [z.norm(dim=(1, 2), keepdim=True) for z in (update, even)]
+    return even * (sizes[0] / sizes[1].clamp(min=1e-10)), after.squeeze(across)
+
+
 def updated(weight, update, factors, lr, decay, cautious, skipped):
     """Stacked weights (n, a, b) less lr times factors (n, 1, 1) times the update, first decayed by lr times `decay`;
     cautious: only where the update makes them smaller too (Chen et al. 2025, arXiv:2510.12402). Where `skipped`, a
@@ -2155,40 +2175,56 @@ def updated(weight, update, factors, lr, decay, cautious, skipped):
     return torch.where(skipped != 0, weight, weight * kept - lr * update)
 
 
+def longer_sides(p, parts):
+    """Of the matrices that lie in a parameter."""
+    return [max(rows, p.size(1)) for rows in parts]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): each update is Nesterov's momentum, orthogonalised,
-    times sqrt(max(1, rows / columns)). The arithmetic and the defaults are those of torch.optim.Muon.
+    times sqrt(max(1, rows / columns)). The arithmetic and the defaults are those of torch.optim.Muon; with beta2 it is
+    NorMuon, see evened().
 
     group["parts"] says for each parameter of how many rows the matrices are that lie in it one below the other. All
     matrices of one shape, or its transpose, are updated together; of several processes each orthogonalises its share.
     `found_inf`, a tensor, if it is set: where it is not 0, weights and momentum stay.
     """
 
-    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, cautious=False):
-        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, cautious=cautious))
+    def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, cautious=False, beta2=0.0):
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, cautious=cautious, beta2=beta2)
+        super().__init__(groups, defaults)
         self.found_inf = None
-        self.momentum_step, self.updated = momentum_step, updated  # or compiled
+        self.momentum_step, self.updated, self.evened = momentum_step, updated, evened  # or compiled
         self.factors = {}  # on the device, to which a copy in each step would make the host wait
+
+    def state_like(self, group, i):
+        """What is kept of a group's parameter, as tensors of the shape."""
+        p, parts = group["params"][i].detach(), group["parts"][i]
+        squares = dict(square_buffer=p.new_empty(sum(longer_sides(p, parts)))) if group["beta2"] else {}
+        return dict(momentum_buffer=p, **squares)
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             shapes = collections.defaultdict(list)
-            for p, parts in zip(group["params"], group["parts"]):
+            for i, (p, parts) in enumerate(zip(group["params"], group["parts"])):
                 if p.grad is None:
                     continue
                 if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                mean = self.state[p]["momentum_buffer"]
-                for matrix in zip(*(tensor.split(parts) for tensor in (p, p.grad, mean))):
+                    like = self.state_like(group, i)
+                    self.state[p].update({name: torch.zeros_like(tensor) for name, tensor in like.items()})
+                mean, squares = self.state[p]["momentum_buffer"], [None] * len(parts)
+                if group["beta2"]:
+                    squares = self.state[p]["square_buffer"].split(longer_sides(p, parts))
+                for *matrix, square in zip(*(tensor.split(parts) for tensor in (p, p.grad, mean)), squares):
                     tall = matrix[0].size(0) > matrix[0].size(1)
                     weight, gradient, mean_part = (z.mT if tall else z for z in matrix)
                     factor = math.sqrt(weight.size(1) / weight.size(0)) if tall else 1.0
-                    shapes[weight.shape].append((weight, gradient, mean_part, factor))
+                    shapes[weight.shape].append((weight, gradient, mean_part, square, factor))
             for matrices in shapes.values():
                 self.update(group, *zip(*matrices))
 
-    def update(self, group, weights, gradients, means, factors):
+    def update(self, group, weights, gradients, means, squares, factors):
         """One step of matrices of one shape."""
         weight, gradient, mean = map(torch.stack, (weights, gradients, means))
         skipped = weight.new_zeros(()) if self.found_inf is None else self.found_inf
@@ -2196,7 +2232,11 @@ class Muon(torch.optim.Optimizer):
         if factors not in self.factors:
             self.factors[factors] = weight.new_tensor(factors).view(-1, 1, 1)
         update, mean = self.momentum_step(gradient, mean, momentum, skipped)
-        weight = self.updated(weight, self.by_all(update), self.factors[factors], lr, group["weight_decay"],
+        update = self.by_all(update)
+        if group["beta2"]:
+            update, square = self.evened(update, torch.stack(squares), group["beta2"], skipped)
+            torch._foreach_copy_(squares, square.unbind())
+        weight = self.updated(weight, update, self.factors[factors], lr, group["weight_decay"],
                               group["cautious"], skipped)
         torch._foreach_copy_(weights, weight.unbind())
         torch._foreach_copy_(means, mean.unbind())
@@ -2257,10 +2297,13 @@ class Optimizers:
 
     def state_like(self):
         """What a state has of each parameter, once that was updated: {its number: {name: a tensor of the shape}}."""
-        kinds = {torch.optim.AdamW: lambda p: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p),
-                 Muon: lambda p: dict(momentum_buffer=p)}
-        parameters = ((kinds[type(one)], p) for one in self.each for group in one.param_groups for p in group["params"])
-        return {i: like(p) for i, (like, p) in enumerate(parameters)}
+        every = []
+        for one in self.each:
+            for group in one.param_groups:
+                for i, p in enumerate(group["params"]):
+                    adamw = dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p)
+                    every.append(one.state_like(group, i) if isinstance(one, Muon) else adamw)
+        return dict(enumerate(every))
 
 
 def parameter_groups(model):
@@ -2292,7 +2335,8 @@ def make_optimizer(model, run, device):
         parts = {id(module.weight): module.parts for module in model.modules() if isinstance(module, Linear)}
         row = dict(name="matrices (Muon)", params=muons, parts=[parts.get(id(p), (len(p),)) for p in muons])
         row["relative_lr"] = relative(run.muon_lr, run)
-        each.append(Muon([row], run.muon_lr, run.muon_momentum, run.weight_decay, run.cautious_weight_decay))
+        each.append(Muon([row], run.muon_lr, run.muon_momentum, run.weight_decay, run.cautious_weight_decay,
+                         run.muon_beta2))
     return Optimizers(*each)
 
 
@@ -2581,7 +2625,8 @@ def parallelize(model, run, world, log, optimizer=None):
         model.loss_parts = {f.__name__: torch.compile(f, dynamic=False) for f in (Float8Product.scaled, multiplied)}
         for one in optimizer.each if optimizer and world.device.type == "cuda" else ():
             if isinstance(one, Muon):
-                one.momentum_step, one.updated = (torch.compile(f, dynamic=False) for f in (momentum_step, updated))
+                parts = (momentum_step, updated, evened)
+                one.momentum_step, one.updated, one.evened = (torch.compile(f, dynamic=False) for f in parts)
         if world.device.type == "cuda":
             model.block_mask = torch.compile(create_block_mask, dynamic=False)
             try:
@@ -3020,9 +3065,10 @@ def refuse_other_network(config, run, origin):
     that of the run it resumes."""
     if origin.content is None:
         return
-    used = origin.content["run"].get("optimizer")
-    require(not origin.resumed or used == run.optimizer, f"optimizer={run.optimizer}, and {origin.path} holds the "
-            f"state of {used}; drop the flag, or start from the weights alone with --init_from")
+    for name, form in (("optimizer", str), ("muon_beta2", bool)):  # with which there are squares in its state
+        used, wanted = origin.content["run"].get(name), getattr(run, name)
+        require(not origin.resumed or form(used) == form(wanted), f"{name}={wanted}, and {origin.path} holds the "
+                f"state of {used}; drop the flag, or start from the weights alone with --init_from")
     saved, flag = GPTConfig(**origin.content["network"]), "resume" if origin.resumed else "init_from"
     other = next((name for name, value in config.network().items() if value != getattr(saved, name)), None)
     if other is None:

@@ -283,3 +283,32 @@ def test_checkpointing_and_compiling_the_trunk_change_no_gradient(float64):
     for one, two, three in zip(expected, recomputed, gradients(model)):
         torch.testing.assert_close(two, one, rtol=0, atol=0)
         torch.testing.assert_close(three, one, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_smear_is_its_definition(float64, norm):
+    config = small_config(smear=True, embd_norm=norm)
+    model, plain = script.GPT(config), script.GPT(small_config(embd_norm=norm))
+    assert torch.equal(model.smear, torch.zeros(32))
+    plain.load_state_dict({name: p for name, p in model.state_dict().items() if name != "smear"})
+    idx, _ = batch_of(config, B=3, T=9)
+    idx[0, 4] = idx[1, 0] = EOT
+    assert torch.equal(model.embed(idx)[0], plain.embed(idx)[0])  # it begins as nothing
+    with torch.no_grad():
+        model.smear.normal_()
+    x = plain.embed(idx)[0]
+    for b in range(3):
+        for t in range(9):
+            before = 0 if t == 0 or idx[b, t] == EOT else model.smear * x[b, t - 1]
+            torch.testing.assert_close(model.embed(idx)[0][b, t], x[b, t] + before, rtol=0, atol=1e-12)
+
+
+def test_a_smeared_document_is_read_as_if_it_were_alone(float64):
+    config = small_config(smear=True, document_mask=True)
+    model = script.GPT(config).eval()
+    with torch.no_grad():
+        model.smear.normal_()
+    idx, _ = batch_of(config, B=1, T=12)
+    idx[idx == EOT] = 0
+    idx[0, 5] = EOT
+    torch.testing.assert_close(model(idx)[0][0, 5:], model(idx[:, 5:])[0][0], rtol=0, atol=1e-10)

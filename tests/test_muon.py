@@ -31,14 +31,21 @@ def naive_orthogonalized(x):
     return x
 
 
-def naive_muon(weight, gradients, rates, momenta, decay=0.0, cautious=False):
-    """(weight, mean of the gradients) of one matrix after a step for each gradient, in float64."""
+def naive_muon(weight, gradients, rates, momenta, decay=0.0, cautious=False, beta2=0.0):
+    """(weight, mean of the gradients) of one matrix after a step for each gradient, in float64; with beta2 NorMuon's."""
     weight, mean = weight.detach().double().clone(), torch.zeros_like(weight, dtype=torch.float64)
     rows, columns = weight.shape
+    squares = [0.0] * max(rows, columns)
     for gradient, lr, momentum in zip(gradients, rates, momenta):
         gradient = gradient.double()
         mean = momentum * mean + (1 - momentum) * gradient
         update = naive_orthogonalized(momentum * mean + (1 - momentum) * gradient)
+        if beta2:
+            size, lines = update.square().sum().sqrt(), update if rows >= columns else update.T  # views
+            for i, line in enumerate(lines):
+                squares[i] = beta2 * squares[i] + (1 - beta2) * float(line.square().mean())
+                line /= math.sqrt(squares[i])
+            update = update * size / update.square().sum().sqrt()
         update = update * math.sqrt(max(1, rows / columns))
         shrinks = (weight * update > 0).double() if cautious else 1.0
         weight = weight - lr * decay * shrinks * weight - lr * update
@@ -80,22 +87,23 @@ def copies(parameters):
 # Muon
 
 
-@pytest.mark.parametrize("cautious", [False, True])
+@pytest.mark.parametrize("cautious, beta2", [(False, 0.0), (True, 0.0), (False, 0.9), (True, 0.5)])
 @pytest.mark.parametrize("default, dtype, tolerance", [
     (torch.float64, torch.float64, 1e-12),
     (torch.float32, torch.float64, 1e-7),  # rate and momentum are in the default type
     (torch.float32, torch.float32, 2e-5),
 ])
-def test_muon_is_its_formula(float64, default, dtype, tolerance, cautious):
+def test_muon_is_its_formula(float64, default, dtype, tolerance, cautious, beta2):
     """Wide, tall and square matrices together, with the rate and the momentum of each step."""
     torch.set_default_dtype(default)
     parameters = random_parameters(dtype=dtype)
     before, gradients = copies(parameters), random_gradients(parameters)
     rates, momenta = (0.02, 0.05, 0.04, 0.001), (0.85, 0.9, 0.95, 0.95)
-    optimizer = muon(parameters, weight_decay=0.7, cautious=cautious)
+    optimizer = muon(parameters, weight_decay=0.7, cautious=cautious, beta2=beta2)
     take_steps(optimizer, parameters, gradients, rates, momenta)
+    tolerance = max(tolerance, 1e-10) if beta2 else tolerance  # 1e-10 is added to roots of about 1
     for i, (start, p) in enumerate(zip(before, parameters)):
-        weight, mean = naive_muon(start, [row[i] for row in gradients], rates, momenta, 0.7, cautious)
+        weight, mean = naive_muon(start, [row[i] for row in gradients], rates, momenta, 0.7, cautious, beta2)
         torch.testing.assert_close(p.detach().double(), weight, rtol=0, atol=tolerance)
         found = optimizer.state[p]["momentum_buffer"]
         allowed = 10 * tolerance * float(mean.abs().max())  # 1 - momentum has a digit less
@@ -122,27 +130,30 @@ def test_the_defaults_are_torchs():
     assert theirs["ns_coefficients"] == (3.4445, -4.7750, 2.0315) and theirs["ns_steps"] == 5
 
 
-def test_many_matrices_at_once_are_each_by_itself(float64):
+@pytest.mark.parametrize("beta2", [0.0, 0.9])
+def test_many_matrices_at_once_are_each_by_itself(float64, beta2):
     together = random_parameters()
     alone, gradients = copies(together), random_gradients(together)
-    take_steps(muon(together), together, gradients)
+    take_steps(muon(together, beta2=beta2), together, gradients)
     for i, p in enumerate(alone):
-        take_steps(muon([p]), [p], [[row[i]] for row in gradients])
+        take_steps(muon([p], beta2=beta2), [p], [[row[i]] for row in gradients])
         torch.testing.assert_close(p.detach(), together[i].detach(), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.9])
 @pytest.mark.parametrize("parts", [(4, 4, 4), (8, 2, 2), (2, 1, 1), (9, 4), (7,), (3, 5, 3, 5)])
 @pytest.mark.parametrize("columns", [3, 4, 8])
-def test_matrices_one_below_the_other_are_as_many_parameters(float64, parts, columns):
+def test_matrices_one_below_the_other_are_as_many_parameters(float64, parts, columns, beta2):
     joined, = random_parameters([(sum(parts), columns)])
     pieces = [nn.Parameter(piece.clone()) for piece in joined.detach().split(parts)]
     rows = [row for row, in random_gradients([joined])]
-    ours, theirs = muon([joined], parts=[parts]), muon(pieces)
+    ours, theirs = muon([joined], parts=[parts], beta2=beta2), muon(pieces, beta2=beta2)
     take_steps(ours, [joined], [[row] for row in rows])
     take_steps(theirs, pieces, [row.split(parts) for row in rows])
     torch.testing.assert_close(joined.detach(), torch.cat([p.detach() for p in pieces]), rtol=0, atol=1e-13)
-    means = torch.cat([theirs.state[p]["momentum_buffer"] for p in pieces])
-    torch.testing.assert_close(ours.state[joined]["momentum_buffer"], means, rtol=0, atol=1e-13)
+    for name in ours.state[joined]:
+        kept = torch.cat([theirs.state[p][name] for p in pieces])
+        torch.testing.assert_close(ours.state[joined][name], kept, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("changes, rows", [
@@ -275,10 +286,11 @@ def contents(model, optimizer):
     return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.9])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1.0])
-def test_an_update_found_to_be_bad_changes_no_bit(value):
+def test_an_update_found_to_be_bad_changes_no_bit(value, beta2):
     """Neither of weights nor of momentum, means and squares; what follows is as if it had not been."""
-    (model, optimizer), (other, theirs) = with_muon(fused=True), with_muon(fused=True)
+    (model, optimizer), (other, theirs) = (with_muon(fused=True, muon_beta2=beta2) for _ in range(2))
     before = contents(model, optimizer)
     give_gradients(model, 1, value)
     optimizer.step(found_inf=torch.tensor(1.0))
@@ -300,9 +312,10 @@ def test_a_bad_first_update_leaves_muon_without_momentum():
     assert torch.equal(optimizer.state[parameter]["momentum_buffer"], torch.zeros(3, 5))
 
 
-@pytest.mark.parametrize("cautious", [False, True])
-def test_nothing_found_is_nothing_asked(cautious):
-    (model, optimizer), (other, theirs) = (with_muon(fused=True, cautious_weight_decay=cautious) for _ in range(2))
+@pytest.mark.parametrize("cautious, beta2", [(False, 0.0), (True, 0.0), (False, 0.9)])
+def test_nothing_found_is_nothing_asked(cautious, beta2):
+    changes = dict(cautious_weight_decay=cautious, muon_beta2=beta2)
+    (model, optimizer), (other, theirs) = (with_muon(fused=True, **changes) for _ in range(2))
     for seed in (1, 2):
         for each in (model, other):
             give_gradients(each, seed)
@@ -427,9 +440,9 @@ def test_adamws_settings_reach_all_its_groups():
 
 
 def test_muons_settings_reach_muon():
-    run = small_run(optimizer="muon", muon_momentum=0.6, cautious_weight_decay=True, weight_decay=0.25)
+    run = small_run(optimizer="muon", muon_momentum=0.6, cautious_weight_decay=True, weight_decay=0.25, muon_beta2=0.7)
     group, = script.make_optimizer(network("d12"), run, CPU).each[1].param_groups
-    assert (group["momentum"], group["cautious"], group["weight_decay"]) == (0.6, True, 0.25)
+    assert (group["momentum"], group["cautious"], group["weight_decay"], group["beta2"]) == (0.6, True, 0.25, 0.7)
 
 
 @pytest.mark.parametrize("kind", script.OPTIMIZERS)
@@ -527,10 +540,12 @@ def test_a_state_is_taken_over_and_the_groups_are_not():
     assert_same(optimizer.state_dict()["state"], theirs.state_dict()["state"])
 
 
-def test_what_a_state_is_like_is_known_before_it_is_there():
-    model, optimizer = with_muon()
-    like = script.make_optimizer(model, small_run(optimizer="muon"), CPU).state_like()
+@pytest.mark.parametrize("beta2", [0.0, 0.9])
+def test_what_a_state_is_like_is_known_before_it_is_there(beta2):
+    model, optimizer = with_muon(muon_beta2=beta2)
+    like = script.make_optimizer(model, small_run(optimizer="muon", muon_beta2=beta2), CPU).state_like()
     state = optimizer.state_dict()["state"]
+    assert ("square_buffer" in state[len(state) - 1]) == (beta2 > 0)
     shapes = [{number: {name: value.shape for name, value in content.items()} for number, content in one.items()}
               for one in (like, state)]
     assert shapes[0] == shapes[1] and script.is_like(state, like)
@@ -729,8 +744,8 @@ def test_a_recipe_does_not_reach_a_resume():
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs
 
-NETWORK = ("--model d12_fast --n_layer 6 --n_head 2 --n_embd 64 --value_embeddings 2 --document_mask").split()
-RUN = "--total_batch_size 64 --momentum_warmup_steps 4 --muon_lr 0.03 --min_lr_fraction 0".split()
+NETWORK = ("--model d12_fast --n_layer 6 --n_head 2 --n_embd 64 --value_embeddings 2 --document_mask --smear").split()
+RUN = "--total_batch_size 64 --momentum_warmup_steps 4 --muon_lr 0.03 --muon_beta2 0.9 --min_lr_fraction 0".split()
 
 
 @pytest.fixture
@@ -870,6 +885,15 @@ def test_a_resume_with_another_optimizer_is_refused_by_name(trainer, begun, want
         result = trainer.main("--resume", path, "--num_iterations", 8, "--optimizer", wanted, *flags)
         assert result.code == 2 and result.err.count("\n") == 1
         assert f"optimizer={wanted}, and {path.resolve()} holds the state of {begun}; drop the flag" in result.err
+
+
+@pytest.mark.parametrize("begun, wanted", [("0.0", "0.9"), ("0.9", "0.0")])
+def test_a_resume_with_squares_that_are_not_there_is_refused_by_name(trainer, begun, wanted):
+    path = trainer.run("--optimizer", "muon", "--muon_beta2", begun).folder / "step000006.pt"
+    result = trainer.main("--resume", path, "--num_iterations", 8, "--muon_beta2", wanted)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert f"muon_beta2={wanted}, and {path.resolve()} holds the state of {begun}; drop the flag" in result.err
+    trainer.run("--resume", path, "--num_iterations", 8, *(["--muon_beta2", "0.5"] if begun != "0.0" else []))
 
 
 @pytest.mark.parametrize("flags", [
