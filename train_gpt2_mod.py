@@ -3275,8 +3275,8 @@ def train_step(model, state, row, run, world, asked):
 
 
 def fit_to_minutes(state, run, meter, saver, world, log):
-    """The run with the steps that its minutes hold by the mean of those timed so far, or as it is while they are few.
-    Compilation does not count, so no step's own time does."""
+    """The run with as many steps as its minutes hold, by the mean of those timed so far without the first, which
+    compile; or the run as it is, while those are few."""
     meter.flush()
     seconds = world.gather(meter.step_average)[0]  # one answer for all processes
     meter.resume()

@@ -437,6 +437,7 @@ def test_a_process_that_dies_as_it_starts_is_one_line_of_the_other(runs):
     assert len(error_lines(runs.said())) == len(runs.said().splitlines()) == 1, runs.said()
 
 
+@pytest.mark.slow
 def test_torchrun_is_asked_and_then_restarts_a_run_of_which_processes_die(runs):
     process = runs.torchrun(faults="slow=0.3")
     runs.wait_for_records(2)

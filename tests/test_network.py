@@ -593,8 +593,8 @@ def test_a_whole_padded_network_is_the_unpadded_one(float64, preset, monkeypatch
 
     monkeypatch.setattr(F, "linear", padded)
     embed, loss = script.GPT.embed, script.GPT.loss
-    monkeypatch.setattr(script.GPT, "embed", lambda self, idx: (lambda x, ctx: (x.as_subclass(OnCuda), ctx))(
-        *embed(self, idx)))
+    monkeypatch.setattr(script.GPT, "embed", lambda self, idx, mask: (lambda x, ctx: (x.as_subclass(OnCuda), ctx))(
+        *embed(self, idx, mask)))
     monkeypatch.setattr(script.GPT, "loss", lambda self, x, *rest: loss(self, x.as_subclass(torch.Tensor), *rest))
     found = gradients(model, idx, targets)
     assert shapes == {(0, 0)}

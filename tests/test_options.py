@@ -310,6 +310,7 @@ BIASED = ("--model gpt2 --n_positions 32 --dropout 0 --mtp_enabled --mtp_heads s
           "--gradient_checkpointing --grad_accumulation_steps 4 --no_tie_embeddings")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [BIASED, "--mtp_enabled --mtp_heads separate --mtp_weight 0 --grad_accum_steps 2"])
 def test_two_processes_are_one(trainer, tmp_path, flags):
     """Biases, learned positions, LayerNorms and separate heads, these also where their losses do not count."""
