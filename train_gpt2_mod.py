@@ -78,7 +78,7 @@ WANDB_PATIENCE = 60  # seconds that W&B has to start, and to send its last recor
 TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
 PROFILED_STEPS = 3  # after those
 UNKNOWN_STEPS = 10**9  # num_iterations while the first steps of --minutes are timed
-FITTED_AT = (2, 5, 10, 20)  # after one of so many steps they are found: where a tenth of the time is over, or the last
+FITTED_AT = (2, 5, 10, 20)  # the steps after which: those by which a tenth of the time is over, at the latest the last
 FAST_TOKENS_PER_PARAMETER = 1.167  # of blocks and head: d12_fast's 144 M tokens
 
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the device's
@@ -1522,26 +1522,22 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
-def seeing(window, documents=None):
-    """Whether key k is seen from query q (of sequence b, by head h): among its last `window` tokens, and with the
-    numbers of the tokens' documents (B, T) in the same one."""
+def window_mask(T, window, device, documents=None, block_mask=None):
+    """The mask of causal attention over the last `window` tokens (0: all), the query's own included, and with the
+    numbers of the tokens' documents (B, T) within each; None where that is plain causal attention. FlexAttention's,
+    which skips blocks outside, where block_mask makes it, create_block_mask compiled by itself, and of a window alone
+    compiled on CUDA; else dense, (T, T) or (B, 1, T, T)."""
+    if not 0 < window < T:
+        if documents is None:
+            return None
+        window = T
 
     def seen(b, h, q, k):
         near = (q >= k) & (q - k < window)
         return near if documents is None else near & (documents[b, q] == documents[b, k])
 
-    return seen
-
-
-def window_mask(T, window, device, documents=None):
-    """The mask of causal attention over the last `window` tokens (0: all), the query's own included, and with the
-    numbers of the tokens' documents (B, T) within each; None where that is plain causal attention. A window alone,
-    compiled on CUDA, has FlexAttention's mask, which skips blocks outside; else it is dense, (T, T) or (B, 1, T, T)."""
-    if not 0 < window < T:
-        if documents is None:
-            return None
-        window = T
-    seen = seeing(window, documents)
+    if block_mask:
+        return block_mask(seen, len(documents), None, T, T, device=device)
     if documents is None and device.type == "cuda" and torch.compiler.is_compiling():
         return create_block_mask(seen, None, None, T, T, device=device)
     q, k = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
@@ -1829,10 +1825,9 @@ class GPT(nn.Module):
         block being the first head; shared, the next token's logits stand for all offsets: that costs next to nothing.
         """
         offsets = self.config.mtp_offsets if targets_dict is not None else ()
-        mask, T = None, idx.size(1)
+        mask = None
         if self.block_mask and self.config.document_mask:
-            seen = seeing(min(T, self.config.window or T), self.documents(idx))
-            mask = self.block_mask(seen, len(idx), None, T, T, device=idx.device)
+            mask = window_mask(idx.size(1), self.config.window, idx.device, self.documents(idx), self.block_mask)
         streams = self.trunk(idx, 1 + len(offsets) * bool(self.mtp_blocks), mask)
         logits = self.head(streams[0]) if return_logits else None
         if targets_dict is None:

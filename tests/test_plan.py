@@ -68,3 +68,10 @@ def test_what_is_refused_is_refused_in_one_line(words, part):
     done = subprocess.run([sys.executable, ROOT / "tools" / "plan.py", *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and part in done.stderr
+
+
+def test_a_preset_made_by_formula_is_a_baseline_too():
+    lines = "\n".join(plan.plan("params", "d6_fast", ["--model", "d6_fast"]))
+    with torch.device("meta"):
+        count = script.GPT(script.GPTConfig(**script.preset("d6_fast")[0])).parameter_count()
+    assert f"{count:,} parameters" in lines

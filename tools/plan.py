@@ -70,13 +70,14 @@ def flags_text(flags):
 def plan(how, preset, argv):
     """The lines to print."""
     typed = script.parse_flags(argv)
-    script.require(preset in script.base_configs, script.unknown_choice("baseline", preset, script.base_configs))
+    known = {**script.base_configs, **script.fast_presets}
+    script.require(preset in known, script.unknown_choice("baseline", preset, known))
     shaping = {"gqa_enabled", "kv_head_ratio", "embd_scale"} & typed.keys()
     script.require(not shaping, f"{', '.join(shaping)} would change the width again; type the network's own flags")
-    vocab_size = typed.get("vocab_size", script.GPTConfig(**script.base_configs[preset]).vocab_size)
+    vocab_size = typed.get("vocab_size", script.GPTConfig(**script.preset(preset)[0]).vocab_size)
     config, run, variant = build(typed, vocab_size)
     same = dict(model=preset, sequence_length=run.sequence_length)
-    if script.base_configs[preset].get("position") == "learned":
+    if script.preset(preset)[0].get("position") == "learned":
         same["n_positions"] = max(run.sequence_length, script.GPTConfig.n_positions)
     baseline = build(same, vocab_size)[2]
 

@@ -8,10 +8,10 @@
     python docs/04-time-to-loss/measure.py --plot
 
 The first runs what results.jsonl does not hold yet for this GPU and appends a record each: the SWEEPS with seed 1, then
-seed by seed the FULL runs and the LADDER. A run is its flags and its seed: one that is there is not run again when the
-script has changed, and its record says which version it is of. --only picks some by name, --seeds says how many,
---budget_s when to stop; --parallel uses all GPUs of the machine, --parallel 3 with three runs on each at a time: while
-one compiles another trains, and their losses count, but not their speed. The last two only show.
+seed by seed the FULL runs, the LADDER and what is TRIED. A run is its flags and its seed: one that is there is not run
+again when the script has changed, and its record says which version it is of. --only picks some by name, --seeds says
+how many, --budget_s when to stop; --parallel uses all GPUs of the machine, --parallel 3 with three runs on each at a
+time: while one compiles another trains, and their losses count, but not their speed. The last two only show.
 """
 import argparse
 import collections
@@ -40,9 +40,9 @@ from measuring import table  # noqa: E402
 SHAPE = ("--batch_size 64 --sequence_length 1024 --total_batch_size 65536 --shuffle --warmdown_fraction 0.6 "
          "--min_lr_fraction 0.1 --no_save_checkpoints")
 SHORT = "--num_iterations 454 --val_loss_every 0"  # 29.8 M tokens, validated at the end
-TWICE = "--total_batch_size 131072 --num_iterations 227"  # as many in larger batches
-IN_ORDER = "--no_shuffle"
+TWICE = "--total_batch_size 131072 --num_iterations 227"  # as many in larger batches, and in smaller ones
 HALF = "--batch_size 32 --total_batch_size 32768 --num_iterations 908"
+IN_ORDER = "--no_shuffle"
 D12 = "--model d12 --learning_rate {learning_rate} --warmup_iters {warmup_iters}"
 FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --learning_rate {learning_rate}"
 RATES = {  # those that the ladder and the full runs have; FAST's are the preset's
