@@ -241,6 +241,9 @@ class GPTConfig:
     )
     x0_lambdas: bool = option(False, "begin each block with a x + b x0 of stream and embedding, a and b learned")
     smear: bool = option(False, "add to each embedding that of the token before, times learned numbers that begin at 0")
+    smear_blocks: str = option(
+        "none", "do the same where the blocks' MLPs, or attention too, read the stream", choices=("none", "mlp", "both")
+    )
     embd_norm: bool = option(False, "RMSNorm of the embedding, where the stream begins")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
     mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
@@ -1421,6 +1424,7 @@ class Context(NamedTuple):
     mask: Any  # None: causal; else (T, T) or (B, 1, T, T), True where a query may look, or FlexAttention's BlockMask
     x0: Any = None  # (B, T, C), the stream where it began
     values: Any = None  # (B, T, K D), this block's value embedding, if it has one
+    follows: Any = None  # (B, T, 1), False where a document begins
 
 
 def product_dtype(x):
@@ -1564,6 +1568,19 @@ class Mix(nn.Module):
         return self.lambdas[0] * x + self.lambdas[1] * other
 
 
+class Smear(nn.Module):
+    """x (B, T, C) plus the token before's, times a number a channel, within its document, as `follows` (B, T, 1) says:
+    token shift (RWKV, Peng et al. 2023, arXiv:2305.13048, section 3.1) begun at none, and a Canon layer (Allen-Zhu
+    2025, arXiv:2512.17351) that reaches one token back."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x, follows):
+        return (x + follows * self.weight * F.pad(x[:, :-1], (0, 0, 1, 0))).type_as(x)
+
+
 class CausalSelfAttention(nn.Module):
     """Causal self-attention, (B, T, C) -> (B, T, C). Multi-head, grouped-query (Ainslie et al. 2023, arXiv:2305.13245)
     and multi-query attention, full or windowed, are values of the config: n_kv_head, window, qk_norm."""
@@ -1685,7 +1702,7 @@ mlps = {"gelu": MLP, "gelu_tanh": MLP, "relu2": MLP, "swiglu": SwiGLUMLP}
 class Block(nn.Module):
     """x + s norm(attention(norm(x))), then x + norm(mlp(norm(x))), the outer norms only with post_norm. The scale
     s = 1/sqrt(2 n_layer), off by scale_attention, is on attention alone, as in the trainer of the NoCap benchmark. With
-    x0_lambdas x is mixed with the embedding before all else."""
+    x0_lambdas x is mixed with the embedding before all else, with smear_blocks norm(x) with the token before's."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -1697,11 +1714,15 @@ class Block(nn.Module):
         self.attn_scale = 1 / math.sqrt(2 * config.n_layer) if config.scale_attention else 1.0
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.mix = Mix(1.0, 0.0) if config.x0_lambdas else First()
+        self.smear_1 = Smear(config.n_embd) if config.smear_blocks == "both" else First()
+        self.smear_2 = Smear(config.n_embd) if config.smear_blocks != "none" else First()
 
     def forward(self, x, ctx):
         x = self.mix(x, ctx.x0)
-        x = x + self.drop(self.attn_scale * self.attn_norm(self.attn(self.ln_1(x), ctx)))
-        return x + self.drop(self.mlp_norm(self.mlp(self.ln_2(x))))
+        read = self.smear_1(self.ln_1(x), ctx.follows)
+        x = x + self.drop(self.attn_scale * self.attn_norm(self.attn(read, ctx)))
+        read = self.smear_2(self.ln_2(x), ctx.follows)
+        return x + self.drop(self.mlp_norm(self.mlp(read)))
 
 
 class GPT(nn.Module):
@@ -1722,7 +1743,7 @@ class GPT(nn.Module):
             self.transformer["wpe"] = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.embd_norm = Norm() if config.embd_norm else nn.Identity()
-        self.smear = nn.Parameter(torch.zeros(config.n_embd)) if config.smear else None
+        self.smear = Smear(config.n_embd) if config.smear else First()
         values = config.n_kv_head * config.head_dim
         self.value_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, values)
                                               for _ in range(config.value_embeddings))
@@ -1768,15 +1789,13 @@ class GPT(nn.Module):
         T, learned = idx.size(1), self.config.position == "learned"
         x = self.transformer.wte(idx)
         x = self.drop(x + self.transformer.wpe.weight[:T] if learned else x)
-        x = self.embd_norm(x)
-        if self.smear is not None:
-            follows = (idx != self.config.vocab_size - 1)[..., None]  # a document's first token follows none
-            x = x + follows * self.smear * F.pad(x[:, :-1], (0, 0, 1, 0))
+        follows = (idx != self.config.vocab_size - 1)[..., None]  # a document's first token follows none
+        x = self.smear(self.embd_norm(x), follows)
         x = x.to(stream_dtype(x))
         cos, sin = (None, None) if learned else self.rotary(T)
         if mask is None:
             mask = window_mask(T, self.config.window, idx.device, self.documents(idx))
-        return x, Context(cos, sin, mask, x)
+        return x, Context(cos, sin, mask, x, follows=follows)
 
     def value_rows(self, idx):
         """What each block mixes into its values, a list of (B, T, K D) or None: the first table's rows in the first

@@ -289,25 +289,51 @@ def test_checkpointing_and_compiling_the_trunk_change_no_gradient(float64):
 def test_the_smear_is_its_definition(float64, norm):
     config = small_config(smear=True, embd_norm=norm)
     model, plain = script.GPT(config), script.GPT(small_config(embd_norm=norm))
-    assert torch.equal(model.smear, torch.zeros(32))
-    plain.load_state_dict({name: p for name, p in model.state_dict().items() if name != "smear"})
+    assert torch.equal(model.smear.weight, torch.zeros(32))
+    plain.load_state_dict({name: p for name, p in model.state_dict().items() if name != "smear.weight"})
     idx, _ = batch_of(config, B=3, T=9)
     idx[0, 4] = idx[1, 0] = EOT
     assert torch.equal(model.embed(idx)[0], plain.embed(idx)[0])  # it begins as nothing
     with torch.no_grad():
-        model.smear.normal_()
+        model.smear.weight.normal_()
     x = plain.embed(idx)[0]
     for b in range(3):
         for t in range(9):
-            before = 0 if t == 0 or idx[b, t] == EOT else model.smear * x[b, t - 1]
+            before = 0 if t == 0 or idx[b, t] == EOT else model.smear.weight * x[b, t - 1]
             torch.testing.assert_close(model.embed(idx)[0][b, t], x[b, t] + before, rtol=0, atol=1e-12)
 
 
-def test_a_smeared_document_is_read_as_if_it_were_alone(float64):
-    config = small_config(smear=True, document_mask=True)
-    model = script.GPT(config).eval()
+@pytest.mark.parametrize("kind", ["mlp", "both"])
+def test_a_block_that_smears_is_its_definition(float64, kind):
+    config = small_config(smear_blocks=kind)
+    block, plain = script.Block(config, 0), script.Block(small_config(), 0)
+    block.load_state_dict(plain.state_dict(), strict=False)
+    x, follows = torch.randn(2, 9, 32), torch.rand(2, 9, 1) < 0.7
+    ctx = script.Context(*script.Rotary(config.rotary_dim, config.rope_base)(9), None, follows=follows)
+    torch.testing.assert_close(block(x, ctx), plain(x, ctx), rtol=0, atol=0)  # it begins as nothing
+
+    def smeared(z, weight):
+        rows = [[z[b, t] + (weight * z[b, t - 1] if t and follows[b, t] else 0) for t in range(9)] for b in range(2)]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    weights = [torch.randn(32) * (kind == "both"), torch.randn(32)]
     with torch.no_grad():
-        model.smear.normal_()
+        for name, weight in zip(("smear_1", "smear_2"), weights):
+            for p in getattr(block, name).parameters():
+                p.copy_(weight)
+    y = x + plain.attn_scale * plain.attn(smeared(plain.ln_1(x), weights[0]), ctx)
+    y = y + plain.mlp(smeared(plain.ln_2(y), weights[1]))
+    torch.testing.assert_close(block(x, ctx), y, rtol=0, atol=1e-12)
+
+
+def test_a_smeared_document_is_read_as_if_it_were_alone(float64):
+    config = small_config(smear=True, smear_blocks="both", document_mask=True)
+    model = script.GPT(config).eval()
+    smears = [module for module in model.modules() if isinstance(module, script.Smear)]
+    assert len(smears) == 1 + 2 * config.n_layer
+    with torch.no_grad():
+        for smear in smears:
+            smear.weight.normal_()
     idx, _ = batch_of(config, B=1, T=12)
     idx[idx == EOT] = 0
     idx[0, 5] = EOT

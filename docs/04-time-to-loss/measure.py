@@ -45,6 +45,9 @@ HALF = "--batch_size 32 --total_batch_size 32768 --num_iterations 908"
 IN_ORDER = "--no_shuffle"
 D12 = "--model d12 --learning_rate {learning_rate} --warmup_iters {warmup_iters}"
 FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --learning_rate {learning_rate}"
+FIRST = "--muon_momentum 0.95 --muon_beta2 0 --no_smear --smear_blocks none"  # d12_fast as the sweeps had it
+SECOND = "--embedding_lr 0.45 --muon_momentum 0.9 --muon_beta2 0.95 --smear"  # with what helped there
+THIRD = f"{SECOND} --smear_blocks mlp"
 RATES = {  # those that the ladder and the full runs have; FAST's are the preset's
     D12: dict(learning_rate="1e-3", warmup_iters="45"),
     FAST: dict(muon_lr="0.025", embedding_lr="0.45", learning_rate="0.004"),
@@ -53,18 +56,18 @@ START = RATES | {FAST: RATES[FAST] | dict(embedding_lr="0.15")}  # those that th
 
 # name -> (the flags, the rate that is swept, its values, what else is typed)
 SWEEPS = {
-    "sweep_d12": (D12, "learning_rate", ("6e-4", "1e-3", "1.5e-3"), ""),
-    "sweep_muon": (FAST, "muon_lr", ("0.0125", "0.025", "0.05"), ""),
-    "sweep_embedding": (FAST, "embedding_lr", ("0.05", "0.15", "0.45"), ""),
-    "sweep_head": (FAST, "learning_rate", ("0.002", "0.004", "0.008"), ""),  # of d12_fast only the head has it
+    "sweep_d12": (D12, "learning_rate", ("6e-4", "1e-3", "1.5e-3", "2e-3"), ""),
+    "sweep_muon": (FAST, "muon_lr", ("0.0125", "0.025", "0.05"), FIRST),
+    "sweep_embedding": (FAST, "embedding_lr", ("0.05", "0.15", "0.45"), FIRST),
+    "sweep_head": (FAST, "learning_rate", ("0.002", "0.004", "0.008"), FIRST),  # of d12_fast only the head has it
     "in_order_d12": (D12, "learning_rate", ("3e-4", "6e-4", "1e-3"), IN_ORDER),
     "in_order_d12_131072": (D12, "learning_rate", ("3e-4", "6e-4", "1e-3", "1.5e-3", "2e-3"),
                             f"{IN_ORDER} {TWICE} --warmup_iters 23"),
-    "in_order_muon": (FAST, "muon_lr", ("0.025", "0.05"), IN_ORDER),
-    "in_order_embedding": (FAST, "embedding_lr", ("0.15", "0.45"), IN_ORDER),
-    "in_order_head": (FAST, "learning_rate", ("0.004", "0.008"), IN_ORDER),
-    "in_order_131072_muon": (FAST, "muon_lr", ("0.0125", "0.025", "0.05"), f"{IN_ORDER} {TWICE}"),
-    "in_order_131072_embedding": (FAST, "embedding_lr", ("0.05", "0.15"), f"{IN_ORDER} {TWICE}"),
+    "in_order_muon": (FAST, "muon_lr", ("0.025", "0.05"), f"{FIRST} {IN_ORDER}"),
+    "in_order_embedding": (FAST, "embedding_lr", ("0.15", "0.45"), f"{FIRST} {IN_ORDER}"),
+    "in_order_head": (FAST, "learning_rate", ("0.004", "0.008"), f"{FIRST} {IN_ORDER}"),
+    "in_order_131072_muon": (FAST, "muon_lr", ("0.0125", "0.025", "0.05"), f"{FIRST} {IN_ORDER} {TWICE}"),
+    "in_order_131072_embedding": (FAST, "embedding_lr", ("0.05", "0.15"), f"{FIRST} {IN_ORDER} {TWICE}"),
 }
 
 # rung -> (what it adds to the flags of the rung before, in words); of a flag that stands twice the last counts
@@ -93,20 +96,32 @@ BEYOND_PRESET = ("fp8_head", "document_mask")  # rungs that the preset d12_fast 
 
 # what -> (what it adds to the preset's flags, what it is compared with, in words), at as many tokens
 TRIED = {
-    "batch_131072": (TWICE, "preset", "twice the batch, half the steps"),
-    "batch_32768": (HALF, "preset", "half the batch, twice the steps"),
-    "batch_32768_slower": (f"{HALF} --muon_lr 0.018 --embedding_lr 0.1 --learning_rate 0.003", "preset",
+    "batch_131072": (TWICE, "first", "twice the batch, half the steps"),
+    "batch_32768": (HALF, "first", "half the batch, twice the steps"),
+    "batch_32768_slower": (f"{HALF} --muon_lr 0.018 --embedding_lr 0.1 --learning_rate 0.003", "first",
                            "the same, all rates over the square root of 2"),
-    "warmdown_1": ("--warmdown_fraction 1", "preset", "the warm-down from the first step"),
-    "floor_0": ("--min_lr_fraction 0", "preset", "the warm-down to 0"),
-    "no_weight_decay": ("--weight_decay 0", "preset", "no decay"),
-    "normuon": ("--muon_beta2 0.95", "preset", "Muon's updates evened by neuron (NorMuon)"),
-    "smear": ("--smear", "preset", "the embedding of the token before added, by a learned factor a channel"),
-    "normuon_smear": ("--muon_beta2 0.95 --smear", "preset", "both"),
-    "momentum_0.9": ("--muon_momentum 0.9", "preset", "a shorter mean of Muon's gradients"),
-    "value_embeddings_6": ("--value_embeddings 6", "preset", "value embeddings in all blocks, six tables"),
-    "softcap_30": ("--logit_softcap 30", "preset", "a wider cap"),
-    "in_order": (IN_ORDER, "preset", "the sequences as they lie in the shards"),
+    "warmdown_1": ("--warmdown_fraction 1", "first", "the warm-down from the first step"),
+    "floor_0": ("--min_lr_fraction 0", "first", "the warm-down to 0"),
+    "no_weight_decay": ("--weight_decay 0", "first", "no decay"),
+    "normuon": ("--muon_beta2 0.95", "first", "Muon's updates evened by neuron (NorMuon)"),
+    "smear": ("--smear", "first", "the embedding of the token before added, by a learned factor a channel"),
+    "normuon_smear": ("--muon_beta2 0.95 --smear", "first", "both"),
+    "momentum_0.9": ("--muon_momentum 0.9", "first", "a shorter mean of Muon's gradients"),
+    "value_embeddings_6": ("--value_embeddings 6", "first", "value embeddings in all blocks, six tables"),
+    "softcap_30": ("--logit_softcap 30", "first", "a wider cap"),
+    "second": (SECOND, "first", "NorMuon, smear, momentum 0.9, embeddings' rate 0.45"),
+    "smear_both": (f"{SECOND} --smear_blocks both", "second", "what attention and MLPs read smeared too"),
+    "third": (THIRD, "second", "what the MLPs read smeared too"),
+    "third_no_smear": (f"{THIRD} --no_smear", "third", "the embedding not smeared: the MLPs' alone"),
+    "third_fp8_head": (f"{THIRD} --precision fp8_head", "third", "two of the head's three products in float8"),
+    "third_momentum_0.95": (f"{THIRD} --muon_momentum 0.95", "third", "the longer mean again"),
+    "third_muon_0.035": (f"{THIRD} --muon_lr 0.035", "third", "Muon's rate times 1.4"),
+    "third_head_0.008": (f"{THIRD} --learning_rate 0.008", "third", "the head's rate twice"),
+    "third_embedding_0.9": (f"{THIRD} --embedding_lr 0.9", "third", "the embeddings' rate twice"),
+    "third_floor_0": (f"{THIRD} --min_lr_fraction 0", "third", "the warm-down to 0"),
+    "third_warmdown_1": (f"{THIRD} --warmdown_fraction 1", "third", "the warm-down from the first step"),
+    "third_tables_6": (f"{THIRD} --value_embeddings 6", "third", "value embeddings in all blocks, six tables"),
+    "in_order": (IN_ORDER, "first", "the sequences as they lie in the shards"),
     "in_order_slower": (f"{IN_ORDER} --muon_lr 0.018 --embedding_lr 0.1 --learning_rate 0.003", "in_order",
                         "all rates over the square root of 2"),
     "in_order_131072": (f"{IN_ORDER} {TWICE}", "in_order", "twice the batch, half the steps"),
@@ -119,7 +134,7 @@ FULL = {
     "d12": f"{D12.format(**RATES[D12] | dict(warmup_iters='152'))} --num_iterations 1526 --val_loss_every 100 {SHAPE}",
     "d12_fast": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE}",
     "d12_fast_60M": f"{FAST.format(**RATES[FAST])} --num_iterations 916 --val_loss_every 50 {SHAPE}",
-    "d12_fast_in_order": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE} {IN_ORDER}",
+    "d12_fast_in_order": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE} {FIRST} {IN_ORDER}",
 }
 LOSSES = (4.914, 4.01, 3.80, 3.416)  # of the public trainers' curves, see README.md
 LEVEL = 0.05  # of p, below which two rungs are told apart
@@ -174,10 +189,10 @@ def full(name):
 
 
 def tried():
-    """{what: its Run}, the preset at the ladder's length first."""
-    base = f"{FAST.format(**START[FAST])} {SHORT} {SHAPE}"
+    """{what: its Run}, d12_fast as it was at first before all, of the ladder's length."""
+    base = f"{FAST.format(**START[FAST])} {SHORT} {SHAPE} {FIRST}"
     return {name: Run("tried", name, f"{base} {adds}".strip())
-            for name, adds in dict(preset="", **{name: adds for name, (adds, _, _) in TRIED.items()}).items()}
+            for name, adds in dict(first="", **{name: adds for name, (adds, _, _) in TRIED.items()}).items()}
 
 
 def runs(only, seeds):
@@ -403,8 +418,8 @@ def ladder_table(rows):
 
 def tried_table(rows):
     variants = tried()
-    begin = "`d12_fast` at the rates that the sweeps begin with"
-    lines = [comparison("`preset`", begin, rows, variants["preset"], None)]
+    begin = "`d12_fast` as it was at first, at the rates that the sweeps begin with"
+    lines = [comparison("`first`", begin, rows, variants["first"], None)]
     lines += [comparison(f"`{name}`", f"to `{against}`: {words}", rows, variants[name], variants[against])
               for name, (_, against, words) in TRIED.items()]
     return any(lines[1:]) and comparison_table("tried", "that", lines)
@@ -488,7 +503,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
     parser.add_argument("--plot", action="store_true", help="write curve.png from its full runs and stop")
-    parser.add_argument("--only", nargs="+", choices=[*SWEEPS, *FULL, *LADDER, *TRIED, "preset"], help="these alone")
+    parser.add_argument("--only", nargs="+", choices=[*SWEEPS, *FULL, *LADDER, *TRIED, "first"], help="these alone")
     parser.add_argument("--seeds", type=int, default=3, help="of each rung and each full run [3]")
     parser.add_argument("--budget_s", type=float, default=math.inf, help="begin no run that would end later than this")
     parser.add_argument("--parallel", type=int, nargs="?", const=1, metavar="N", help="N runs on each GPU [1]")
