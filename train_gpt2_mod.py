@@ -67,6 +67,7 @@ NORM_EPS = 1e-6
 NAN_POLICIES = ("stop", "skip", "rollback")
 OPTIMIZERS = ("adamw", "muon")
 STARTS = ("init_std", "embd_init_std", "zero_init")  # flags of the initial weights
+SMEARABLE = ("embedding", "attention", "mlp")
 FIRST_MOMENTUM = 0.85  # of Muon, at step 0, where it has a warm-up
 LARGEST_BATCH = 2**14  # sequences in a micro-batch that --batch_size auto thinks of
 CHECKED_TOKENS = 2**22  # read at once when a shard's ids are checked: 8 MiB
@@ -240,9 +241,9 @@ class GPTConfig:
         most=500,
     )
     x0_lambdas: bool = option(False, "begin each block with a x + b x0 of stream and embedding, a and b learned")
-    smear: bool = option(False, "add to each embedding that of the token before, times learned numbers that begin at 0")
-    smear_blocks: str = option(
-        "none", "do the same where the blocks' MLPs, or attention too, read the stream", choices=("none", "mlp", "both")
+    smear: str = option(
+        "none", "add to each token's vector that of the token before, times learned numbers that begin at 0: where the "
+        "stream begins (embedding), where the blocks read it (attention, mlp), or several of them, as embedding+mlp"
     )
     embd_norm: bool = option(False, "RMSNorm of the embedding, where the stream begins")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
@@ -310,6 +311,8 @@ class GPTConfig:
         require(self.init_std < 1, f"init_std={self.init_std} must be below 1; 0.02 is usual")
         require(self.embd_init_std <= 10, f"embd_init_std={self.embd_init_std} must be at most 10; 1 is usual with "
                 "embd_norm")
+        require(self.smears <= set(SMEARABLE), f"smear={self.smear} must be none or some of {', '.join(SMEARABLE)}, "
+                "joined by +; try embedding+mlp")
         chance = math.log(self.vocab_size)
         require(self.loss_clamp == 0 or self.loss_clamp > chance, f"loss_clamp={self.loss_clamp} is not above the loss "
                 f"at the start, ln(vocab_size) = {chance:.2f}, so nothing would be learned; type more, or 0 for none")
@@ -355,6 +358,10 @@ class GPTConfig:
         DDP waits for their gradients in each step."""
         counts = self.mtp_enabled and (self.mtp_weight > 0 or self.mtp_heads == "separate")
         return tuple(range(2, self.mtp_max_steps + 1)) if counts else ()
+
+    @property
+    def smears(self):
+        return set() if self.smear == "none" else set(self.smear.split("+"))
 
     @property
     def lookahead(self):
@@ -527,7 +534,7 @@ SIZED = dict(  # Llama's parts (Touvron et al. 2023, arXiv:2302.13971, section 2
 )
 FAST = dict(  # what modded-nanogpt's records found (github.com/KellerJordan/modded-nanogpt), each a field of its own
     qk_norm=True, softmax_scale=0.12, mlp="relu2", scale_attention=False, tie_embeddings=False, embd_norm=True,
-    embd_init_std=1.0, zero_init=True, x0_lambdas=True, value_embeddings=3, logit_softcap=15.0,
+    embd_init_std=1.0, zero_init=True, x0_lambdas=True, value_embeddings=3, logit_softcap=15.0, smear="embedding+mlp",
 )
 base_configs: dict[str, dict[str, Any]] = {
     "d12": dict(),
@@ -576,8 +583,8 @@ def fast_configs(depth):
     rate = math.sqrt(batch / 65536)  # of noise that is smaller in a larger batch
     wide = rate / math.sqrt(width / 768)
     return network, dict(
-        optimizer="muon", muon_lr=0.025 * rate, momentum_warmup_steps=300, cautious_weight_decay=True,
-        weight_decay=0.1 * rate * (12 / depth), learning_rate=0.004 * wide, embedding_lr=0.45 * wide, scalar_lr=0.02,
+        optimizer="muon", muon_lr=0.02 * rate, muon_beta2=0.95, momentum_warmup_steps=300, cautious_weight_decay=True,
+        weight_decay=0.1 * rate * (12 / depth), learning_rate=0.004 * wide, embedding_lr=0.3 * wide, scalar_lr=0.02,
         beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=batch, num_iterations=steps, shuffle=True,
         warmdown_fraction=0.6, min_lr_fraction=0.1,
     )
@@ -1702,7 +1709,7 @@ mlps = {"gelu": MLP, "gelu_tanh": MLP, "relu2": MLP, "swiglu": SwiGLUMLP}
 class Block(nn.Module):
     """x + s norm(attention(norm(x))), then x + norm(mlp(norm(x))), the outer norms only with post_norm. The scale
     s = 1/sqrt(2 n_layer), off by scale_attention, is on attention alone, as in the trainer of the NoCap benchmark. With
-    x0_lambdas x is mixed with the embedding before all else, with smear_blocks norm(x) with the token before's."""
+    x0_lambdas x is mixed with the embedding before all else, with smear norm(x) with the token before's."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -1714,8 +1721,8 @@ class Block(nn.Module):
         self.attn_scale = 1 / math.sqrt(2 * config.n_layer) if config.scale_attention else 1.0
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.mix = Mix(1.0, 0.0) if config.x0_lambdas else First()
-        self.smear_1 = Smear(config.n_embd) if config.smear_blocks == "both" else First()
-        self.smear_2 = Smear(config.n_embd) if config.smear_blocks != "none" else First()
+        self.smear_1 = Smear(config.n_embd) if "attention" in config.smears else First()
+        self.smear_2 = Smear(config.n_embd) if "mlp" in config.smears else First()
 
     def forward(self, x, ctx):
         x = self.mix(x, ctx.x0)
@@ -1743,7 +1750,7 @@ class GPT(nn.Module):
             self.transformer["wpe"] = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.embd_norm = Norm() if config.embd_norm else nn.Identity()
-        self.smear = Smear(config.n_embd) if config.smear else First()
+        self.smear = Smear(config.n_embd) if "embedding" in config.smears else First()
         values = config.n_kv_head * config.head_dim
         self.value_embeddings = nn.ModuleList(nn.Embedding(config.vocab_size, values)
                                               for _ in range(config.value_embeddings))

@@ -287,7 +287,7 @@ def test_checkpointing_and_compiling_the_trunk_change_no_gradient(float64):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_smear_is_its_definition(float64, norm):
-    config = small_config(smear=True, embd_norm=norm)
+    config = small_config(smear="embedding", embd_norm=norm)
     model, plain = script.GPT(config), script.GPT(small_config(embd_norm=norm))
     assert torch.equal(model.smear.weight, torch.zeros(32))
     plain.load_state_dict({name: p for name, p in model.state_dict().items() if name != "smear.weight"})
@@ -303,9 +303,9 @@ def test_the_smear_is_its_definition(float64, norm):
             torch.testing.assert_close(model.embed(idx)[0][b, t], x[b, t] + before, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "both"])
+@pytest.mark.parametrize("kind", ["mlp", "attention+mlp"])
 def test_a_block_that_smears_is_its_definition(float64, kind):
-    config = small_config(smear_blocks=kind)
+    config = small_config(smear=kind)
     block, plain = script.Block(config, 0), script.Block(small_config(), 0)
     block.load_state_dict(plain.state_dict(), strict=False)
     x, follows = torch.randn(2, 9, 32), torch.rand(2, 9, 1) < 0.7
@@ -316,7 +316,7 @@ def test_a_block_that_smears_is_its_definition(float64, kind):
         rows = [[z[b, t] + (weight * z[b, t - 1] if t and follows[b, t] else 0) for t in range(9)] for b in range(2)]
         return torch.stack([torch.stack(row) for row in rows])
 
-    weights = [torch.randn(32) * (kind == "both"), torch.randn(32)]
+    weights = [torch.randn(32) * ("attention" in kind), torch.randn(32)]
     with torch.no_grad():
         for name, weight in zip(("smear_1", "smear_2"), weights):
             for p in getattr(block, name).parameters():
@@ -327,7 +327,7 @@ def test_a_block_that_smears_is_its_definition(float64, kind):
 
 
 def test_a_smeared_document_is_read_as_if_it_were_alone(float64):
-    config = small_config(smear=True, smear_blocks="both", document_mask=True)
+    config = small_config(smear="embedding+attention+mlp", document_mask=True)
     model = script.GPT(config).eval()
     smears = [module for module in model.modules() if isinstance(module, script.Smear)]
     assert len(smears) == 1 + 2 * config.n_layer

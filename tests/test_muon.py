@@ -744,8 +744,8 @@ def test_a_recipe_does_not_reach_a_resume():
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs
 
-NETWORK = ("--model d12_fast --n_layer 6 --n_head 2 --n_embd 64 --value_embeddings 2 --document_mask --smear "
-           "--smear_blocks both").split()
+NETWORK = ("--model d12_fast --n_layer 6 --n_head 2 --n_embd 64 --value_embeddings 2 --document_mask "
+           "--smear embedding+attention+mlp").split()
 RUN = "--total_batch_size 64 --momentum_warmup_steps 4 --muon_lr 0.03 --muon_beta2 0.9 --min_lr_fraction 0".split()
 
 

@@ -45,14 +45,15 @@ HALF = "--batch_size 32 --total_batch_size 32768 --num_iterations 908"
 IN_ORDER = "--no_shuffle"
 D12 = "--model d12 --learning_rate {learning_rate} --warmup_iters {warmup_iters}"
 FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --learning_rate {learning_rate}"
-FIRST = "--muon_momentum 0.95 --muon_beta2 0 --no_smear --smear_blocks none"  # d12_fast as the sweeps had it
-SECOND = "--embedding_lr 0.45 --muon_momentum 0.9 --muon_beta2 0.95 --smear"  # with what helped there
-THIRD = f"{SECOND} --smear_blocks mlp"
+FIRST = "--muon_momentum 0.95 --muon_beta2 0 --smear none"  # d12_fast as the sweeps had it
+SECOND = "--embedding_lr 0.45 --muon_momentum 0.9 --muon_beta2 0.95 --smear embedding"  # with what helped there
+NOW = "--muon_momentum 0.95 --muon_beta2 0.95 --smear embedding+mlp --precision fp8_head"  # as the full runs have it
+THIRD = f"{SECOND} --smear embedding+mlp"
 RATES = {  # those that the ladder and the full runs have; FAST's are the preset's
-    D12: dict(learning_rate="1e-3", warmup_iters="45"),
-    FAST: dict(muon_lr="0.025", embedding_lr="0.45", learning_rate="0.004"),
+    D12: dict(learning_rate="1.5e-3", warmup_iters="45"),
+    FAST: dict(muon_lr="0.02", embedding_lr="0.3", learning_rate="0.004"),
 }
-START = RATES | {FAST: RATES[FAST] | dict(embedding_lr="0.15")}  # those that the sweeps and the trials change
+START = RATES | {FAST: dict(muon_lr="0.025", embedding_lr="0.15", learning_rate="0.004")}  # those that the sweeps and the trials change
 
 # name -> (the flags, the rate that is swept, its values, what else is typed)
 SWEEPS = {
@@ -104,15 +105,15 @@ TRIED = {
     "floor_0": ("--min_lr_fraction 0", "first", "the warm-down to 0"),
     "no_weight_decay": ("--weight_decay 0", "first", "no decay"),
     "normuon": ("--muon_beta2 0.95", "first", "Muon's updates evened by neuron (NorMuon)"),
-    "smear": ("--smear", "first", "the embedding of the token before added, by a learned factor a channel"),
-    "normuon_smear": ("--muon_beta2 0.95 --smear", "first", "both"),
+    "smear": ("--smear embedding", "first", "the embedding of the token before added, by a learned factor a channel"),
+    "normuon_smear": ("--muon_beta2 0.95 --smear embedding", "first", "both"),
     "momentum_0.9": ("--muon_momentum 0.9", "first", "a shorter mean of Muon's gradients"),
     "value_embeddings_6": ("--value_embeddings 6", "first", "value embeddings in all blocks, six tables"),
     "softcap_30": ("--logit_softcap 30", "first", "a wider cap"),
     "second": (SECOND, "first", "NorMuon, smear, momentum 0.9, embeddings' rate 0.45"),
-    "smear_both": (f"{SECOND} --smear_blocks both", "second", "what attention and MLPs read smeared too"),
+    "smear_both": (f"{SECOND} --smear embedding+attention+mlp", "second", "what attention and MLPs read smeared too"),
     "third": (THIRD, "second", "what the MLPs read smeared too"),
-    "third_no_smear": (f"{THIRD} --no_smear", "third", "the embedding not smeared: the MLPs' alone"),
+    "third_no_smear": (f"{THIRD} --smear mlp", "third", "the embedding not smeared: the MLPs' alone"),
     "third_fp8_head": (f"{THIRD} --precision fp8_head", "third", "two of the head's three products in float8"),
     "third_momentum_0.95": (f"{THIRD} --muon_momentum 0.95", "third", "the longer mean again"),
     "third_muon_0.035": (f"{THIRD} --muon_lr 0.035", "third", "Muon's rate times 1.4"),
@@ -132,9 +133,11 @@ TRIED = {
 
 FULL = {
     "d12": f"{D12.format(**RATES[D12] | dict(warmup_iters='152'))} --num_iterations 1526 --val_loss_every 100 {SHAPE}",
-    "d12_fast": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE}",
-    "d12_fast_60M": f"{FAST.format(**RATES[FAST])} --num_iterations 916 --val_loss_every 50 {SHAPE}",
-    "d12_fast_in_order": f"{FAST.format(**RATES[FAST])} --num_iterations 2200 --val_loss_every 50 {SHAPE} {FIRST} {IN_ORDER}",
+    "d12_fast": f"{FAST.format(**RATES[FAST])} --num_iterations 2000 --val_loss_every 50 {SHAPE} {NOW}",
+    "d12_fast_33M": f"{FAST.format(**RATES[FAST])} --num_iterations 500 --val_loss_every 50 {SHAPE} {NOW}",
+    "d12_fast_20M": f"{FAST.format(**RATES[FAST])} --num_iterations 300 --val_loss_every 50 {SHAPE} {NOW}",
+    "d12_fast_in_order": f"{FAST.format(**START[FAST] | dict(embedding_lr='0.45'))} --num_iterations 2200 "
+                         f"--val_loss_every 50 {SHAPE} {FIRST} {IN_ORDER}",
 }
 LOSSES = (4.914, 4.01, 3.80, 3.416)  # of the public trainers' curves, see README.md
 LEVEL = 0.05  # of p, below which two rungs are told apart
