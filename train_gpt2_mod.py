@@ -80,7 +80,7 @@ TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allo
 PROFILED_STEPS = 3  # after those
 UNKNOWN_STEPS = 10**9  # num_iterations while the first steps of --minutes are timed
 FITTED_AT = (2, 5, 10, 20)  # the steps after which: those by which a tenth of the time is over, at the latest the last
-FAST_TOKENS_PER_PARAMETER = 1.167  # of blocks and head: d12_fast's 144 M tokens
+FAST_TOKENS_PER_PARAMETER = 1.061  # of blocks and head: d12_fast's 131 M tokens
 
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the device's
 # name counts, so longer names stand before their beginnings.
@@ -572,9 +572,9 @@ base_configs: dict[str, dict[str, Any]] = {
 
 
 def fast_configs(depth):
-    """(The network, and what differs from TrainConfig's defaults when a run begins with it) of the preset of so many
-    blocks. How width, batch, rates and decay go with depth are nanochat's rules (github.com/karpathy/nanochat); the
-    values of 12 blocks are measured in docs/04-time-to-loss."""
+    """(The network, and what differs from the defaults when a run begins with it) of the preset of so many blocks. How
+    width, batch, rates and decay go with depth are nanochat's rules (github.com/karpathy/nanochat); the values of 12
+    blocks are measured in docs/04-time-to-loss."""
     width = 128 * math.ceil(depth / 2)
     network = dict(FAST, n_layer=depth, n_embd=width, n_head=width // 128, value_embeddings=min(3, depth // 2))
     size, size_of_12 = (12 * n * w**2 + GPT2_VOCAB_SIZE * w for n, w in ((depth, width), (12, 768)))
@@ -586,7 +586,7 @@ def fast_configs(depth):
         optimizer="muon", muon_lr=0.02 * rate, muon_beta2=0.95, momentum_warmup_steps=300, cautious_weight_decay=True,
         weight_decay=0.1 * rate * (12 / depth), learning_rate=0.004 * wide, embedding_lr=0.3 * wide, scalar_lr=0.02,
         beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=batch, num_iterations=steps, shuffle=True,
-        warmdown_fraction=0.6, min_lr_fraction=0.1,
+        warmdown_fraction=0.6, min_lr_fraction=0.1, precision="fast",
     )
 
 
@@ -691,7 +691,9 @@ def rule_positions(fields, typed, machine):
 
 def rule_precision(fields, typed, machine):
     cuda, wanted = machine.device_type == "cuda", fields.get("precision")
-    if wanted is None:
+    if wanted == "fast" and machine.has_fp8:  # of a preset
+        return dict(precision="fp8_head"), None
+    if wanted in (None, "fast"):
         return dict(precision="bf16" if cuda and machine.has_bf16 else "fp32"), None
     if wanted == "amp":
         return dict(precision="fp16" if cuda and not machine.has_bf16 else "bf16"), None

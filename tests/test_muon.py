@@ -393,6 +393,8 @@ def group_by_name(name, p):
         return "embeddings"
     if name == "lm_head.weight":
         return "head"
+    if name == "smear.weight":
+        return "scalars"
     assert re.match(r"(transformer\.h|mtp_blocks)\.\d+\.|transformer\.ln_f\.", name), name
     return "matrices" if p.dim() >= 2 else "scalars"
 
@@ -683,7 +685,7 @@ def test_a_share_of_a_resumed_run_is_of_its_new_length():
     assert resolved("--num_iterations 200 --warmdown_fraction 0.25", base)[1].warmdown_iters == 50
 
 
-RECIPE = script.preset("d12_fast")[1]
+RECIPE = {name: value for name, value in script.preset("d12_fast")[1].items() if name != "precision"}
 NO_MUON = {f.name: f.default for f in dataclasses.fields(script.TrainConfig)
            if "muon" in f.name or f.name in ("momentum_warmup_steps", "cautious_weight_decay")}
 
@@ -696,7 +698,7 @@ def fields_of(run):
 
 def test_a_run_begins_with_its_presets_recipe():
     assert fields_of(resolved("--model d12_fast")[1]).items() >= RECIPE.items()
-    assert resolved("--model d12_fast")[1].warmdown_iters == 1320
+    assert resolved("--model d12_fast")[1].warmdown_iters == 1200
     assert resolved("--model d12_fast --num_iterations 200")[1].warmdown_iters == 120
     assert resolved("--model d12_fast --batch_size 4 --sequence_length 512")[1].grad_accumulation_steps == 32
 
@@ -704,7 +706,7 @@ def test_a_run_begins_with_its_presets_recipe():
 def test_recipes_are_of_presets_and_of_fields_that_there_are():
     known = {f.name for cls in (script.TrainConfig, script.Shorthand) for f in dataclasses.fields(cls)}
     for _, recipe in script.fast_presets.values():
-        assert recipe.keys() - {"tokens_per_step"} <= known
+        assert recipe.keys() - {"tokens_per_step", "precision"} <= known
     for name in script.base_configs.keys() - script.fast_presets.keys():  # the others change nothing of a run
         assert fields_of(resolved(f"--model {name}")[1]) == dict(fields_of(resolved("")[1]), model=name)
 
@@ -717,14 +719,29 @@ def test_recipes_are_of_presets_and_of_fields_that_there_are():
     ("--grad_clip 1", dict(grad_clip=1.0)), ("--total_batch_size 131072", dict(tokens_per_step=131072)),
     ("--grad_accumulation_steps 4", dict(tokens_per_step=4 * 8 * 1024)),
     ("--num_iterations 100", dict(num_iterations=100)), ("--warmdown_fraction 0.25", dict(warmdown_fraction=0.25)),
-    ("--warmdown_iters 220", dict(warmdown_fraction=0.1)), ("--min_lr_fraction 0", dict(min_lr_fraction=0.0)),
+    ("--warmdown_iters 200", dict(warmdown_fraction=0.1)), ("--min_lr_fraction 0", dict(min_lr_fraction=0.0)),
     ("--schedule cosine", dict(schedule="cosine", warmdown_fraction=0.0)),
     ("--optimizer adamw", dict(optimizer="adamw", **NO_MUON)),
-    ("--optimizer adamw --warmdown_iters 220", dict(optimizer="adamw", warmdown_fraction=0.1, **NO_MUON)),
+    ("--optimizer adamw --warmdown_iters 200", dict(optimizer="adamw", warmdown_fraction=0.1, **NO_MUON)),
 ])
 def test_what_is_typed_wins_over_the_recipe(flags, expected):
     """And over nothing else of it."""
     assert fields_of(resolved(f"--model d12_fast {flags}")[1]).items() >= {**RECIPE, **expected}.items()
+
+
+@pytest.mark.parametrize("place, precision", [
+    (dict(has_fp8=True), "fp8_head"), (dict(has_fp8=False), "bf16"), (dict(has_fp8=False, has_bf16=False), "fp32"),
+    (dict(device_type="cpu", has_fp8=False, has_bf16=False), "fp32"),
+])
+def test_the_head_is_float8_where_the_gpu_has_it(place, precision):
+    machine = script.ANY_MACHINE._replace(**place)
+    for name in ("d12_fast", "d6_fast"):
+        assert script.resolve(dict(model=name), machine)[0].precision == precision
+        assert script.resolve(dict(model=name, precision="bf16"), machine)[0].precision == "bf16"
+    begun = checkpoint_of("--model d12_fast")
+    assert begun["precision"] == "fp8_head"
+    with pytest.raises(script.ConfigError, match="precision=fp8_head needs a GPU with float8"):
+        script.resolve({}, machine._replace(has_fp8=False), begun)
 
 
 def test_a_recipe_does_not_reach_a_resume():

@@ -184,7 +184,7 @@ def test_presets_list_only_what_differs():
         assert made or not [key for key, value in preset.items() if value == defaults[key]], name
         assert all(type(value) is type(defaults[key]) for key, value in preset.items()), name
     defaults = {f.name: f.default for cls in (script.TrainConfig, script.Shorthand) for f in dataclasses.fields(cls)}
-    defaults["tokens_per_step"] = 0
+    defaults.update(tokens_per_step=0, precision="bf16")
     for name, (_, recipe) in script.fast_presets.items():
         assert recipe.keys() <= defaults.keys(), name
         assert all(type(value) is type(defaults[key]) for key, value in recipe.items()), name
@@ -193,7 +193,8 @@ def test_presets_list_only_what_differs():
 @pytest.mark.parametrize("name", script.base_configs)
 def test_every_preset_resolves_and_builds(name):
     config, run, _ = script.resolve(dict(model=name), machine(vocab_size=0))
-    assert config == script.GPTConfig(**script.base_configs[name]) and run.model == name
+    precision = "fp8_head" if name in script.fast_presets else "bf16"
+    assert config == script.GPTConfig(**script.base_configs[name], precision=precision) and run.model == name
     recipe = script.preset(name)[1]
     assert run.tokens_per_step == recipe.get("tokens_per_step", run.batch_size * run.sequence_length)
     with torch.device("meta"):

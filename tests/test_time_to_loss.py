@@ -24,9 +24,10 @@ spec = importlib.util.spec_from_file_location("measure_04", FOLDER / "measure.py
 fast = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fast)
 
-NAMES = [*fast.SWEEPS, *fast.FULL, *fast.LADDER, *fast.TRIED, "preset"]
+NAMES = [*fast.SWEEPS, *fast.FULL, *fast.LADDER, *fast.TRIED, "first"]
 EVERY = fast.runs(NAMES, 1)
-TOKENS = dict(d12=100_007_936, d12_fast=144_179_200, d12_fast_60M=60_030_976, d12_fast_in_order=144_179_200)
+TOKENS = dict(d12=100_007_936, d12_fast=131_072_000, d12_fast_33M=32_768_000, d12_fast_20M=19_660_800,
+              d12_fast_in_order=144_179_200)
 
 
 def resolved(flags):
@@ -49,7 +50,7 @@ def test_the_commands_resolve(run):
     assert settings.sequence_length == 1024 and settings.shuffle != ("in_order" in run.name)
     assert settings.num_iterations == run.steps and not settings.save_checkpoints
     assert run.steps * settings.tokens_per_step == run.tokens == TOKENS.get(run.name, 29_753_344)
-    share = dict(warmdown_1=1).get(run.name, 0.6)
+    share = 1 if run.name.endswith("warmdown_1") else 0.6
     assert settings.warmdown_iters == round(share * run.steps)  # to its end
     assert settings.min_lr_fraction == (0 if run.name.endswith("floor_0") else 0.1)
     assert settings.val_loss_every == (0 if run.kind != "full" else 100 if run.name == "d12" else 50)
@@ -65,7 +66,7 @@ def test_each_rung_is_one_change_and_the_last_of_the_preset_is_the_preset():
     preset = resolved(f"--model d12_fast {fast.SHORT} {fast.SHAPE}")
     assert network == preset[0] and without(run, "model") == without(preset[1], "model")
     for _, (network, run) in [rungs[rung] for rung in fast.BEYOND_PRESET]:
-        beyond = ("precision", "document_mask")
+        beyond = ("document_mask",)
         assert without(network, *beyond) == without(preset[0], *beyond)
         assert without(run, "model") == without(preset[1], "model")
 
@@ -101,8 +102,9 @@ def test_a_dropped_rung_is_not_in_those_after_it(monkeypatch):
 
 def test_the_order_of_the_runs():
     runs = fast.runs(None, 3)
-    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 104
-    assert [run.kind for run, _ in runs[:9]] == ["sweep"] * 9 and {seed for _, seed in runs[:9]} == {1}
+    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 103
+    assert [run.kind for run, _ in runs[:10]] == ["sweep"] * 10 and {seed for _, seed in runs[:10]} == {1}
+    assert {seed for run, seed in runs if run.kind == "tried"} == {1}
     assert [seed for _, seed in runs] == sorted(seed for _, seed in runs)
     assert not [run.name for run, _ in runs if "in_order" in run.name]
     assert [(run.name, seed) for run, seed in fast.runs(["adamw", "d12"], 2)] == [
@@ -268,9 +270,9 @@ def test_nothing_is_run_twice(bench, monkeypatch):
     assert fast.main(only) == 0 and len(bench.calls()) == 4  # another version, and its records say which they are of
     assert fast.main(["--only", "adamw", "--seeds", "3"]) == 0 and len(bench.calls()) == 5
     assert [row["script_sha256"] == "another" for row in fast.results()] == [False] * 4 + [True]
-    assert fast.main(["--only", "sweep_d12"]) == 0 and len(bench.calls()) == 7  # the rung is one of its three
+    assert fast.main(["--only", "sweep_d12"]) == 0 and len(bench.calls()) == 8  # the rung is one of its four
     monkeypatch.setattr(fast.measuring, "gpu_name", lambda: "Another GPU")
-    assert fast.main(["--only", "adamw", "--seeds", "1"]) == 0 and len(bench.calls()) == 8
+    assert fast.main(["--only", "adamw", "--seeds", "1"]) == 0 and len(bench.calls()) == 9
 
 
 def test_a_failed_run_is_said_and_the_next_goes_on(bench, capsys):
@@ -414,28 +416,28 @@ def test_the_full_runs_of_made_up_records():
 
 
 def test_the_sweeps_of_made_up_records():
-    losses = {"6e-4": 4.9, "1e-3": 4.8, "1.5e-3": 4.85}
+    losses = {"6e-4": 4.9, "1e-3": 4.85, "1.5e-3": 4.8, "2e-3": 4.81}
     rows = [made_up(run, 1, val_loss=losses[value]) for value, run in fast.swept("sweep_d12")]
     rows += [made_up(run, 1, val_loss=4.0 - float(value)) for value, run in fast.swept("sweep_muon")]
     ladder, found = fast.tables(rows)  # the rung adamw is one of the runs
     assert "| `adamw` |" in ladder and "4.8000" in ladder
     taken = fast.RATES[fast.D12]["learning_rate"]
-    each = "6e-4: 4.9000, 1e-3: 4.8000, 1.5e-3: 4.8500"
-    assert f"| `sweep_d12` | `d12`, learning_rate | {each} | 1e-3 | {taken} |" in found
-    assert "| 0.0125: 3.9875, 0.025: 3.9750, 0.05: 3.9500 | 0.05 (the end of the row) | 0.025 |" in found
-    assert "| `sweep_embedding` | `d12_fast`, embedding_lr | 0.15: 3.9750 | not all measured | 0.45 |" in found
+    each = "6e-4: 4.9000, 1e-3: 4.8500, 1.5e-3: 4.8000, 2e-3: 4.8100"
+    assert f"| `sweep_d12` | `d12`, learning_rate | {each} | 1.5e-3 | {taken} |" in found
+    assert "| 0.0125: 3.9875, 0.025: 3.9750, 0.05: 3.9500 | 0.05 (the end of the row) | 0.02 |" in found
+    assert "| `sweep_embedding` | `d12_fast`, embedding_lr | 0.15: 3.9750 | not all measured | 0.3 |" in found
 
 
 def test_what_was_tried_of_made_up_records():
     runs = fast.tried()
     rows = [made_up(runs[name], seed, val_loss=loss + seed / 1000, sharing=sharing) for name, loss, sharing in (
-        ("preset", 4.0, 1), ("batch_32768", 3.9, 0), ("in_order", 4.2, 0), ("in_order_131072", 4.1, 0))
+        ("first", 4.0, 1), ("batch_32768", 3.9, 0), ("in_order", 4.2, 0), ("in_order_131072", 4.1, 0))
             for seed in (1, 2)]
     table = next(found for found in fast.tables(rows) if found.startswith("| tried"))
-    preset, batch, in_order, larger = table.splitlines()[2:]
-    assert preset.startswith("| `preset` |") and preset.endswith("| 2 | - | 20,000 | 4.0015 | 0.0007 | - | - | - |")
+    first, batch, in_order, larger = table.splitlines()[2:]
+    assert first.startswith("| `first` |") and first.endswith("| 2 | - | 20,000 | 4.0015 | 0.0007 | - | - | - |")
     p = welch_by_hand([3.901, 3.902], [4.001, 4.002])
-    assert batch.startswith("| `batch_32768` | to `preset`: ")
+    assert batch.startswith("| `batch_32768` | to `first`: ")
     assert batch.endswith(f"| 2 | 524,288 | 20,000 | 3.9015 | 0.0007 | -0.1000 | {p:.3g} | better |")
     assert "| +0.2000 |" in in_order and in_order.endswith("| worse |")
     assert "to `in_order`: " in larger and "| -0.1000 |" in larger
@@ -461,8 +463,9 @@ def test_the_plot(monkeypatch, tmp_path, capsys):
     assert fast.main(["--plot"]) == 2
     assert capsys.readouterr().err == "error: --plot needs the package matplotlib; pip install matplotlib\n"
     lines, saved = [], []
-    axes = types.SimpleNamespace(plot=lambda x, y, label: lines.append((x, y, label)), axhline=lambda *a, **k: None,
-                                 set=lambda **k: None, legend=lambda: None)
+    axes = types.SimpleNamespace(plot=lambda x, y, label, **_: lines.append((x, y, label)),
+                                 axhline=lambda *a, **k: None, set=lambda **k: None, set_ylabel=lambda text: None,
+                                 legend=lambda **k: None)
     figure = types.SimpleNamespace(savefig=lambda path, dpi: saved.append(path))
     pyplot = types.SimpleNamespace(subplots=lambda figsize: (figure, axes))
     monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace(use=lambda name: None, pyplot=pyplot))
@@ -471,7 +474,12 @@ def test_the_plot(monkeypatch, tmp_path, capsys):
     curve = [(50, 6_553_600, 32.5, 5.0), (100, 13_107_200, 45.0, 4.0)]
     fast.measuring.append(fast.RESULTS, made_up(run, 1, curve=curve))
     assert fast.main(["--plot"]) == 0 and saved == [fast.CURVE]
-    assert lines == [((12.5, 25.0), (5.0, 4.0), "d12, seed 1, A GPU")]
+    assert lines[0] == ((12.5, 25.0), (5.0, 4.0), "d12, seed 1, A GPU")
+    assert [label for *_, label in lines[1:]] == list(fast.ANCHORS)
+    public = (FOLDER / "README.md").read_text().split("**What to compare with.**")[1].split("## Results")[0]
+    table = re.findall(r"^\|.*\| (?:4.914 )?.*?(\d\.\d+)[^|]* \| ([\d.]+) \|$", public, re.M)
+    points = [(float(seconds), float(loss)) for loss, seconds in table]
+    assert points and set(points) == {point for each in fast.ANCHORS.values() for point in each}
 
 
 def test_the_exit_code_of_the_program():

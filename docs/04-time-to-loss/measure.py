@@ -8,10 +8,11 @@
     python docs/04-time-to-loss/measure.py --plot
 
 The first runs what results.jsonl does not hold yet for this GPU and appends a record each: the SWEEPS with seed 1, then
-seed by seed the FULL runs, the LADDER and what is TRIED. A run is its flags and its seed: one that is there is not run
-again when the script has changed, and its record says which version it is of. --only picks some by name, --seeds says
-how many, --budget_s when to stop; --parallel uses all GPUs of the machine, --parallel 3 with three runs on each at a
-time: while one compiles another trains, and their losses count, but not their speed. The last two only show.
+seed by seed the FULL runs and the LADDER, with seed 1 also what is TRIED. A run is its flags and its seed: one that is
+there is not run again when the script has changed, and its record says which version it is of. --only picks some by
+name, --seeds says how many, --budget_s when to stop; --parallel uses all GPUs of the machine, --parallel 3 with three
+runs on each at a time: while one compiles another trains, and their losses count, but not their speed. The last two
+only show.
 """
 import argparse
 import collections
@@ -47,13 +48,16 @@ D12 = "--model d12 --learning_rate {learning_rate} --warmup_iters {warmup_iters}
 FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --learning_rate {learning_rate}"
 FIRST = "--muon_momentum 0.95 --muon_beta2 0 --smear none"  # d12_fast as the sweeps had it
 SECOND = "--embedding_lr 0.45 --muon_momentum 0.9 --muon_beta2 0.95 --smear embedding"  # with what helped there
-NOW = "--muon_momentum 0.95 --muon_beta2 0.95 --smear embedding+mlp --precision fp8_head"  # as the full runs have it
+NOW = "--muon_momentum 0.95 --muon_beta2 0.95 --smear embedding+mlp --precision fp8_head"  # what a full run is
 THIRD = f"{SECOND} --smear embedding+mlp"
 RATES = {  # those that the ladder and the full runs have; FAST's are the preset's
     D12: dict(learning_rate="1.5e-3", warmup_iters="45"),
     FAST: dict(muon_lr="0.02", embedding_lr="0.3", learning_rate="0.004"),
 }
-START = RATES | {FAST: dict(muon_lr="0.025", embedding_lr="0.15", learning_rate="0.004")}  # those that the sweeps and the trials change
+START = {  # those that the sweeps and the trials change
+    D12: dict(learning_rate="1e-3", warmup_iters="45"),
+    FAST: dict(muon_lr="0.025", embedding_lr="0.15", learning_rate="0.004"),
+}
 
 # name -> (the flags, the rate that is swept, its values, what else is typed)
 SWEEPS = {
@@ -74,14 +78,14 @@ SWEEPS = {
 # rung -> (what it adds to the flags of the rung before, in words); of a flag that stands twice the last counts
 LADDER = {
     "adamw": (D12.format(**RATES[D12]), "`d12` with AdamW, at the best rate of its sweep"),
-    "muon": ("--optimizer muon --muon_lr 0.025 --beta1 0.8 --adam_eps 1e-10 --grad_clip 0 --warmup_iters 0",
+    "muon": ("--optimizer muon --muon_lr 0.02 --beta1 0.8 --adam_eps 1e-10 --grad_clip 0 --warmup_iters 0",
              "Muon for the blocks' matrices; AdamW, for the rest, with d12_fast's settings; no warm-up, no clipping"),
     "untied": ("--no_tie_embeddings --learning_rate 0.004", "a head of its own, and a rate for it"),
     "qk_norm": ("--qk_norm --n_head 6", "queries and keys normalised, 6 heads of 128 for 12 of 64"),
     "relu2": ("--mlp relu2", "ReLU squared for GELU"),
     "zero_init": ("--zero_init", "head and matrices into the stream begin at 0"),
     "no_attention_scale": ("--no_scale_attention", "attention added as it is, not by 1/sqrt(24)"),
-    "embd_norm": ("--embd_norm --embd_init_std 1 --embedding_lr 0.45",
+    "embd_norm": ("--embd_norm --embd_init_std 1 --embedding_lr 0.3",
                   "the embedding normalised; its numbers begin at a size of 1, with a rate to match"),
     "x0_lambdas": ("--x0_lambdas --scalar_lr 0.02", "each block begins with a x + b x0"),
     "value_embeddings": ("--value_embeddings 3", "three tables of embeddings in the values of six blocks"),
@@ -89,11 +93,14 @@ LADDER = {
     "softmax_scale": ("--softmax_scale 0.12", "scores times 0.12, not 1/sqrt(128) = 0.088"),
     "cautious_weight_decay": ("--cautious_weight_decay", "decay only where the update shrinks the weight too"),
     "momentum_warmup": ("--momentum_warmup_steps 300", "Muon's momentum from 0.85 to 0.95 over 300 steps"),
+    "normuon": ("--muon_beta2 0.95", "Muon's updates evened by neuron (NorMuon)"),
+    "smear_embedding": ("--smear embedding", "to each embedding a learned share of the one before"),
+    "smear_mlp": ("--smear embedding+mlp", "the same where the MLPs read the stream"),
     "fp8_head": ("--precision fp8_head", "two of the head's three products in float8: for speed"),
     "document_mask": ("--document_mask", "no attention to other documents, in validation neither"),
 }
 DROPPED = ()  # rungs that were measured and not kept: those after them are without
-BEYOND_PRESET = ("fp8_head", "document_mask")  # rungs that the preset d12_fast leaves to the user
+BEYOND_PRESET = ("document_mask",)  # rungs that the preset d12_fast leaves to the user
 
 # what -> (what it adds to the preset's flags, what it is compared with, in words), at as many tokens
 TRIED = {
@@ -138,6 +145,11 @@ FULL = {
     "d12_fast_20M": f"{FAST.format(**RATES[FAST])} --num_iterations 300 --val_loss_every 50 {SHAPE} {NOW}",
     "d12_fast_in_order": f"{FAST.format(**START[FAST] | dict(embedding_lr='0.45'))} --num_iterations 2200 "
                          f"--val_loss_every 50 {SHAPE} {FIRST} {IN_ORDER}",
+}
+ANCHORS = {  # (seconds, loss) of the public trainers on an H100, see README.md
+    "modded-nanogpt of 2025-08-23": ((43.3, 4.780), (57.9, 4.501), (72.7, 4.271), (87.5, 4.128), (102.4, 4.007),
+                                     (148.0, 3.802), (194.3, 3.632), (241.3, 3.493), (278.1, 3.416)),
+    "NoCap's d12, without its warm-down": ((302.0, 4.914),),
 }
 LOSSES = (4.914, 4.01, 3.80, 3.416)  # of the public trainers' curves, see README.md
 LEVEL = 0.05  # of p, below which two rungs are told apart
@@ -204,7 +216,7 @@ def runs(only, seeds):
     each = [full(name) for name in FULL] + [run for _, run in ladder().values()]
     each += tried().values()
     found = [(run, 1) for name in SWEEPS for _, run in swept(name)]
-    found += [(run, seed) for seed in range(1, seeds + 1) for run in each]
+    found += [(run, seed) for seed in range(1, seeds + 1) for run in each if only or seed == 1 or run.kind != "tried"]
     once = {}
     for run, seed in found:
         if run.name in only if only else "in_order" not in run.name:
@@ -447,7 +459,7 @@ def full_table(rows):
 
 def sweep_table(rows):
     lines = []
-    for name, (flags, rate, values, _) in SWEEPS.items():
+    for name, (flags, rate, values, adds) in SWEEPS.items():
         found = {value: losses(rows, run)[1] for value, run in swept(name) if 1 in losses(rows, run)}
         if not found:
             continue
@@ -455,7 +467,8 @@ def sweep_table(rows):
         best += " (the end of the row)" * (best in (values[0], values[-1]))
         each = ", ".join(f"{value}: {loss:.4f}" for value, loss in found.items())
         lines.append([f"`{name}`", f"`{flags.split()[1]}`, {rate}", each,
-                      best if len(found) == len(values) else "not all measured", RATES[flags][rate]])
+                      best if len(found) == len(values) else "not all measured",
+                      "-" if IN_ORDER in adds else RATES[flags][rate]])
     return lines and table(["sweep", "what is swept", "loss by its value", "best", "taken"], lines)
 
 
@@ -484,10 +497,13 @@ def plot():
     for name, r in found:
         seconds, _, values = zip(*learning_curve(r))
         axes.plot(seconds, values, label=f"{name}, seed {r['seed']}, {r['gpu']}")
+    for label, points in ANCHORS.items():
+        axes.plot(*zip(*points), label=label, marker="o", linestyle=":")
     for target in LOSSES:
         axes.axhline(target, color="0.8", linewidth=0.8, zorder=0)
-    axes.set(xlabel="seconds of training, compilation left out", ylabel="validation loss, nats a token")
-    axes.legend()
+    axes.set(ylim=(3.3, 5.5), xlabel="seconds of training, compilation left out")
+    axes.set_ylabel("validation loss, nats a token")
+    axes.legend(loc="center right", fontsize="small")
     figure.savefig(CURVE, dpi=150)
     print(f"{CURVE.name} has {len(found)} runs")
     return 0
