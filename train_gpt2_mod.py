@@ -241,9 +241,8 @@ class GPTConfig:
         most=500,
     )
     x0_lambdas: bool = option(False, "begin each block with a x + b x0 of stream and embedding, a and b learned")
-    smear: str = option(
-        "none", "add to each token's vector that of the token before, times learned numbers that begin at 0: where the "
-        "stream begins (embedding), where the blocks read it (attention, mlp), or several of them, as embedding+mlp"
+    smear: str = option(  # where the stream begins, and where the blocks read it
+        "none", "add the token before's, times learned numbers: to embedding, attention, mlp, or as embedding+mlp"
     )
     embd_norm: bool = option(False, "RMSNorm of the embedding, where the stream begins")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
