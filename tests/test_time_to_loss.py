@@ -24,7 +24,7 @@ spec = importlib.util.spec_from_file_location("measure_04", FOLDER / "measure.py
 fast = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fast)
 
-NAMES = [*fast.SWEEPS, *fast.FULL, *fast.LADDER, *fast.TRIED, "first"]
+NAMES = [*fast.SWEEPS, *fast.FULL, *fast.LADDER, *fast.TRIED, "first", "speed"]
 EVERY = fast.runs(NAMES, 1)
 TOKENS = dict(d12=100_007_936, d12_fast=131_072_000, d12_fast_33M=32_768_000, d12_fast_20M=19_660_800,
               d12_fast_in_order=144_179_200)
@@ -49,21 +49,26 @@ def test_the_commands_resolve(run):
     assert (settings.tokens_per_step, settings.batch_size) == (batch, min(64, batch // 1024))
     assert settings.sequence_length == 1024 and settings.shuffle != ("in_order" in run.name)
     assert settings.num_iterations == run.steps and not settings.save_checkpoints
-    assert run.steps * settings.tokens_per_step == run.tokens == TOKENS.get(run.name, 29_753_344)
+    assert run.steps * settings.tokens_per_step == run.tokens == TOKENS.get(run.name, 29_753_344 if run.kind != "speed" else 60 * 65536)
     share = 1 if run.name.endswith("warmdown_1") else 0.6
-    assert settings.warmdown_iters == round(share * run.steps)  # to its end
+    assert settings.warmdown_iters == min(round(share * run.steps), run.steps - settings.warmup_iters)  # to its end
     assert settings.min_lr_fraction == (0 if run.name.endswith("floor_0") else 0.1)
-    assert settings.val_loss_every == (0 if run.kind != "full" else 100 if run.name == "d12" else 50)
+    assert settings.val_loss_every == (100 if run.name == "d12" else 50 if run.kind in ("full", "ladder") else 0)
 
 
 def test_each_rung_is_one_change_and_the_last_of_the_preset_is_the_preset():
     rungs = {rung: (before, resolved(run.flags)) for rung, (before, run) in fast.ladder().items()}
+    timed = {rung: resolved(run.flags) for rung, run in fast.speeds().items()}
+    assert timed.keys() == rungs.keys() == fast.CODE.keys()
+    length = ("num_iterations", "warmdown_iters", "val_loss_every")
+    for rung, (network, run) in timed.items():
+        assert network == rungs[rung][1][0] and without(run, *length) == without(rungs[rung][1][1], *length)
     for rung, (before, found) in rungs.items():
         assert before is None or found != rungs[before][1], rung
     assert list(rungs)[-len(fast.BEYOND_PRESET) :] == list(fast.BEYOND_PRESET)
     last = list(rungs)[-len(fast.BEYOND_PRESET) - 1]
     network, run = rungs[last][1]
-    preset = resolved(f"--model d12_fast {fast.SHORT} {fast.SHAPE}")
+    preset = resolved(f"--model d12_fast {fast.SHORT} {fast.SHAPE} {fast.RUNG}")
     assert network == preset[0] and without(run, "model") == without(preset[1], "model")
     for _, (network, run) in [rungs[rung] for rung in fast.BEYOND_PRESET]:
         beyond = ("document_mask",)
@@ -85,8 +90,6 @@ def test_a_sweep_changes_one_rate():
         found = [resolved(run.flags)[1] for _, run in fast.swept(name)]
         assert [getattr(run, rate) for run in found] == [float(value) for value in values] == sorted(map(float, values))
         assert all(without(run, rate) == without(found[0], rate) for run in found)
-    rung = fast.ladder()["adamw"][1]
-    assert rung.flags in [run.flags for _, run in fast.swept("sweep_d12")]  # measured once for both
 
 
 def test_a_dropped_rung_is_not_in_those_after_it(monkeypatch):
@@ -102,10 +105,11 @@ def test_a_dropped_rung_is_not_in_those_after_it(monkeypatch):
 
 def test_the_order_of_the_runs():
     runs = fast.runs(None, 3)
-    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 103
+    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 123
     assert [run.kind for run, _ in runs[:10]] == ["sweep"] * 10 and {seed for _, seed in runs[:10]} == {1}
     assert {seed for run, seed in runs if run.kind == "tried"} == {1}
-    assert [seed for _, seed in runs] == sorted(seed for _, seed in runs)
+    assert [run.kind for run, _ in runs[-19:]] == ["speed"] * 19 and {seed for _, seed in runs[-19:]} == {1}
+    assert [seed for _, seed in runs[:-19]] == sorted(seed for _, seed in runs[:-19])
     assert not [run.name for run, _ in runs if "in_order" in run.name]
     assert [(run.name, seed) for run, seed in fast.runs(["adamw", "d12"], 2)] == [
         ("adamw", 1), ("adamw", 2), ("d12", 1), ("d12", 2)]  # as typed
@@ -270,9 +274,8 @@ def test_nothing_is_run_twice(bench, monkeypatch):
     assert fast.main(only) == 0 and len(bench.calls()) == 4  # another version, and its records say which they are of
     assert fast.main(["--only", "adamw", "--seeds", "3"]) == 0 and len(bench.calls()) == 5
     assert [row["script_sha256"] == "another" for row in fast.results()] == [False] * 4 + [True]
-    assert fast.main(["--only", "sweep_d12"]) == 0 and len(bench.calls()) == 8  # the rung is one of its four
     monkeypatch.setattr(fast.measuring, "gpu_name", lambda: "Another GPU")
-    assert fast.main(["--only", "adamw", "--seeds", "1"]) == 0 and len(bench.calls()) == 9
+    assert fast.main(["--only", "adamw", "--seeds", "1"]) == 0 and len(bench.calls()) == 6
 
 
 def test_a_failed_run_is_said_and_the_next_goes_on(bench, capsys):
@@ -381,24 +384,40 @@ def test_without_a_gpu_it_is_refused(monkeypatch, tmp_path):
 def test_the_ladder_of_made_up_records():
     rungs = {rung: run for rung, (_, run) in fast.ladder().items()}
     muon, untied, qk_norm = [4.500, 4.502, 4.504], [4.400, 4.402, 4.404], [4.401, 4.403, 4.405]
-    rows = [made_up(rungs[rung], seed, val_loss=loss, tokens_per_second=rate)
-            for rung, each, rate in (("muon", muon, 5e5), ("untied", untied, 6e5), ("qk_norm", qk_norm, 7e5),
-                                     ("relu2", [4.3], 8e5), ("zero_init", [4.6, 4.7], 9e5))
+    curve = [(50, 3_276_800, 32.5, 5.01), (454, 29_753_344, 130.0, 3.01)]  # half way to 4.01
+    rows = [made_up(rungs[rung], seed, val_loss=loss, sharing=2, **dict(curve=curve) if rung == "untied" else {})
+            for rung, each in (("muon", muon), ("untied", untied), ("qk_norm", qk_norm), ("relu2", [4.3]),
+                               ("zero_init", [4.6, 4.7]))
             for seed, loss in enumerate(each, 1)]
     rows.insert(0, dict(rows[0], val_loss=9.0))  # the same run: the newer record counts
     rows.append(dict(rows[1], flags=f"{rows[1]['flags']} --n_layer 3", val_loss=1.0))  # no longer a rung
+    for rung, rate in (("muon", 5e5), ("untied", 6e5)):
+        rows.append(made_up(fast.speeds()[rung], 1, tokens_per_second=rate))
+    rows.append(made_up(fast.speeds()["qk_norm"], 1, sharing=2))  # whose speed is half a GPU's
     found, = fast.tables(rows)
     lines = found.splitlines()[2:]
-    notes = {rung: note for rung, (_, note) in fast.LADDER.items()}
-    assert lines[0] == f"| `muon` | {notes['muon']} | 3 | 500,000 | 20,000 | 4.5020 | 0.0020 | - | - | - |"
+    label = {rung: f"| `{rung}` | {note} | {fast.code_lines(fast.CODE[rung])} |"
+             for rung, (_, note) in fast.LADDER.items()}
+    assert lines[0] == f"{label['muon']} 3 | 500,000 | 20,000 | 4.5020 | 0.0020 | - | - | - | - |"
     p = welch_by_hand(untied, muon)
-    assert lines[1] == (f"| `untied` | {notes['untied']} | 3 | 600,000 | 20,000 | 4.4020 | 0.0020 | -0.1000 | "
-                        f"{p:.3g} | better |")
+    seconds = (3_276_800 + 29_753_344) / 2 / 6e5
+    assert lines[1] == (f"{label['untied']} 3 | 600,000 | 20,000 | 4.4020 | 0.0020 | -0.1000 | "
+                        f"{p:.3g} | better | {seconds:.1f} |")
     p = welch_by_hand(qk_norm, untied)
-    assert lines[2].endswith(f"| 4.4030 | 0.0020 | +0.0010 | {p:.3g} | not told apart |") and p > 0.05
-    assert lines[3].endswith("| 1 | 800,000 | 20,000 | 4.3000 | - | -0.1030 | - | - |")
-    assert lines[4].endswith("| 2 | 900,000 | 20,000 | 4.6500 | 0.0707 | +0.3500 | - | - |") and len(lines) == 5
+    assert lines[2].endswith(f"3 | - | 20,000 | 4.4030 | 0.0020 | +0.0010 | {p:.3g} | not told apart | - |")
+    assert p > 0.05
+    assert lines[3].endswith("| 1 | - | 20,000 | 4.3000 | - | -0.1030 | - | - | - |")
+    assert lines[4].endswith("| 2 | - | 20,000 | 4.6500 | 0.0707 | +0.3500 | - | - | - |") and len(lines) == 5
     assert fast.verdict(0.1, 0.01) == "worse"
+
+
+def test_the_lines_of_a_rung(monkeypatch, tmp_path):
+    monkeypatch.setattr(fast, "SCRIPT", tmp_path / "script.py")
+    fast.SCRIPT.write_text("a = 1\n\n\nclass B:\n    def c(self):\n        return a\n\n\nb = ab = B()\n")
+    found = {words: fast.code_lines(words) for words in ((), ("a",), ("B",), ("c", "b"), ("B", "c", "ab"))}
+    assert list(found.values()) == [0, 2, 4, 3, 4]
+    monkeypatch.undo()
+    assert all(fast.code_lines((word,)) for words in fast.CODE.values() for word in words)  # the script has each
 
 
 def test_the_full_runs_of_made_up_records():
@@ -419,8 +438,7 @@ def test_the_sweeps_of_made_up_records():
     losses = {"6e-4": 4.9, "1e-3": 4.85, "1.5e-3": 4.8, "2e-3": 4.81}
     rows = [made_up(run, 1, val_loss=losses[value]) for value, run in fast.swept("sweep_d12")]
     rows += [made_up(run, 1, val_loss=4.0 - float(value)) for value, run in fast.swept("sweep_muon")]
-    ladder, found = fast.tables(rows)  # the rung adamw is one of the runs
-    assert "| `adamw` |" in ladder and "4.8000" in ladder
+    found, = fast.tables(rows)
     taken = fast.RATES[fast.D12]["learning_rate"]
     each = "6e-4: 4.9000, 1e-3: 4.8500, 1.5e-3: 4.8000, 2e-3: 4.8100"
     assert f"| `sweep_d12` | `d12`, learning_rate | {each} | 1.5e-3 | {taken} |" in found

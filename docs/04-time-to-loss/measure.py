@@ -8,13 +8,14 @@
     python docs/04-time-to-loss/measure.py --plot
 
 The first runs what results.jsonl does not hold yet for this GPU and appends a record each: the SWEEPS with seed 1, then
-seed by seed the FULL runs and the LADDER, with seed 1 also what is TRIED. A run is its flags and its seed: one that is
-there is not run again when the script has changed, and its record says which version it is of. --only picks some by
-name, --seeds says how many, --budget_s when to stop; --parallel uses all GPUs of the machine, --parallel 3 with three
-runs on each at a time: while one compiles another trains, and their losses count, but not their speed. The last two
-only show.
+seed by seed the FULL runs and the LADDER, with seed 1 also what is TRIED and each rung's speed. A run is its flags and
+its seed: one that is there is not run again when the script has changed, and its record says which version it is of.
+--only picks some by name, --seeds says how many, --budget_s when to stop; --parallel uses all GPUs of the machine,
+--parallel 3 with three runs on each at a time: while one compiles another trains, and their losses count, but not their
+speed. The last two only show.
 """
 import argparse
+import ast
 import collections
 import hashlib
 import json
@@ -41,6 +42,8 @@ from measuring import table  # noqa: E402
 SHAPE = ("--batch_size 64 --sequence_length 1024 --total_batch_size 65536 --shuffle --warmdown_fraction 0.6 "
          "--min_lr_fraction 0.1 --no_save_checkpoints")
 SHORT = "--num_iterations 454 --val_loss_every 0"  # 29.8 M tokens, validated at the end
+RUNG = "--val_loss_every 50"
+TIMED = "--num_iterations 60 --val_loss_every 0"
 TWICE = "--total_batch_size 131072 --num_iterations 227"  # as many in larger batches, and in smaller ones
 HALF = "--batch_size 32 --total_batch_size 32768 --num_iterations 908"
 IN_ORDER = "--no_shuffle"
@@ -98,6 +101,28 @@ LADDER = {
     "smear_mlp": ("--smear embedding+mlp", "the same where the MLPs read the stream"),
     "fp8_head": ("--precision fp8_head", "two of the head's three products in float8: for speed"),
     "document_mask": ("--document_mask", "no attention to other documents, in validation neither"),
+}
+CODE = {  # rung -> what of the script is there for it: definitions, whole, and words, each line with one of them
+    "adamw": (),
+    "muon": ("Muon", "momentum_step", "orthogonalized", "updated", "longer_sides", "Optimizers", "muon", "muon_lr",
+             "muon_momentum", "embedding_lr", "head_lr"),
+    "untied": ("tie_embeddings", "untied"),
+    "qk_norm": ("qk_norm",),
+    "relu2": ("relu2",),
+    "zero_init": ("zero_init", "into_stream"),
+    "no_attention_scale": ("scale_attention",),
+    "embd_norm": ("embd_norm", "embd_init_std"),
+    "x0_lambdas": ("x0_lambdas", "x0", "Mix", "scalar_lr"),
+    "value_embeddings": ("value_embeddings", "value_mix", "value_rows"),
+    "softcap": ("logit_softcap", "softcap", "softcapped"),
+    "softmax_scale": ("softmax_scale",),
+    "cautious_weight_decay": ("cautious_weight_decay", "cautious"),
+    "momentum_warmup": ("momentum_warmup_steps", "FIRST_MOMENTUM"),
+    "normuon": ("evened", "muon_beta2", "squares"),
+    "smear_embedding": ("Smear", "smear", "smears", "SMEARABLE", "follows"),
+    "smear_mlp": ("smear_1", "smear_2"),
+    "fp8_head": ("Float8HeadProducts", "memory8", "gradient8", "dlogits8"),
+    "document_mask": ("document_mask", "documents", "block_mask"),
 }
 DROPPED = ()  # rungs that were measured and not kept: those after them are without
 BEYOND_PRESET = ("document_mask",)  # rungs that the preset d12_fast leaves to the user
@@ -193,10 +218,16 @@ def ladder():
     found, before, kept = {}, None, ""
     for rung, (adds, _) in LADDER.items():
         flags = f"{kept} {adds}".strip()
-        found[rung] = before, Run("ladder", rung, f"{flags} {SHORT} {SHAPE}")
+        found[rung] = before, Run("ladder", rung, f"{flags} {SHORT} {SHAPE} {RUNG}")
         if rung not in DROPPED:
             before, kept = rung, flags
     return found
+
+
+def speeds():
+    """{rung: a Run of it that is for its speed alone}"""
+    return {rung: Run("speed", "speed", run.flags.replace(f"{SHORT} {SHAPE} {RUNG}", f"{SHAPE} {TIMED}"))
+            for rung, (_, run) in ladder().items()}
 
 
 def full(name):
@@ -217,6 +248,7 @@ def runs(only, seeds):
     each += tried().values()
     found = [(run, 1) for name in SWEEPS for _, run in swept(name)]
     found += [(run, seed) for seed in range(1, seeds + 1) for run in each if only or seed == 1 or run.kind != "tried"]
+    found += [(run, 1) for run in speeds().values()]
     once = {}
     for run, seed in found:
         if run.name in only if only else "in_order" not in run.name:
@@ -403,32 +435,60 @@ def verdict(difference, p):
     return "not told apart" if p >= LEVEL else "better" if difference < 0 else "worse"
 
 
+def alone(rows):
+    """Tokens a second of the runs which had a GPU to themselves; None where there is none."""
+    return mean([r["tokens_per_second"] for r in rows if not r["sharing"]])
+
+
+def in_thousands(speed):
+    return "-" if speed is None else f"{speed:,.0f}"
+
+
 def comparison(label, words, rows, run, other):
     """A line of a table, [] where the run is not measured: its losses beside those of the other (None: of none). Speed
     is that of the runs which had a GPU to themselves."""
     mine, values = [r for r in rows if run.is_of(r)], list(losses(rows, run).values())
     others = list(losses(rows, other).values()) if other else []
     apart, p = (mean(values) - mean(others) if mine and others else None), welch(values, others)
-    speed = mean([r["tokens_per_second"] for r in mine if not r["sharing"]])
     return mine and [
-        label, words, str(len(values)), "-" if speed is None else f"{speed:,.0f}",
+        label, words, str(len(values)), in_thousands(alone(mine)),
         f"{max(r['peak_mem_MB'] for r in mine):,}", f"{mean(values):.4f}",
         f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-", "-" if apart is None else f"{apart:+.4f}",
         "-" if p is None else f"{p:.3g}", verdict(apart, p),
     ]
 
 
-def comparison_table(head, against, lines):
-    heads = [head, "what it adds", "seeds", "tokens/s", "MiB", "loss", "std", f"to {against}", "p", ""]
-    return any(lines) and table(heads, [line for line in lines if line])
+COMPARED = ("what it adds", "seeds", "tokens/s", "MiB", "loss", "std")  # the columns of every comparison
+
+
+def code_lines(words):
+    """How many lines of the script are for one of the words: of definitions of that name, or with the word."""
+    text, found = SCRIPT.read_text(), set()
+    for node in ast.walk(ast.parse(text)):
+        if getattr(node, "name", None) in words:
+            found.update(range(node.lineno, node.end_lineno + 1))
+    return len(found | {i for i, line in enumerate(text.splitlines(), 1) if {*words} & {*re.findall(r"\w+", line)}})
+
+
+def seconds_to(target, rows, speed):
+    """What a rung's runs need on average to a loss at that speed; None where one does not come to it."""
+    places = [reached(learning_curve(r), target) for r in rows]
+    return statistics.fmean(tokens for _, tokens in places) / speed if rows and speed and all(places) else None
 
 
 def ladder_table(rows):
-    rungs = ladder()
-    return comparison_table("rung", "the rung before", [
-        comparison(f"`{rung}`" + " (dropped)" * (rung in DROPPED), LADDER[rung][1], rows, run,
-                   before and rungs[before][1])
-        for rung, (before, run) in rungs.items()])
+    rungs, timed, lines = ladder(), speeds(), []
+    for rung, (before, run) in rungs.items():
+        label = f"`{rung}`" + " (dropped)" * (rung in DROPPED)
+        line = comparison(label, LADDER[rung][1], rows, run, before and rungs[before][1])
+        if line:
+            speed = alone([r for r in rows if timed[rung].is_of(r)])
+            seconds = seconds_to(4.01, [r for r in rows if run.is_of(r)], speed)
+            line[3] = in_thousands(speed)
+            lines.append([*line[:2], str(code_lines(CODE[rung])), *line[2:],
+                          "-" if seconds is None else f"{seconds:.1f}"])
+    heads = ["rung", COMPARED[0], "lines", *COMPARED[1:], "to the rung before", "p", "", "s to 4.010"]
+    return lines and table(heads, lines)
 
 
 def tried_table(rows):
@@ -437,7 +497,7 @@ def tried_table(rows):
     lines = [comparison("`first`", begin, rows, variants["first"], None)]
     lines += [comparison(f"`{name}`", f"to `{against}`: {words}", rows, variants[name], variants[against])
               for name, (_, against, words) in TRIED.items()]
-    return any(lines[1:]) and comparison_table("tried", "that", lines)
+    return any(lines[1:]) and table(["tried", *COMPARED, "to that", "p", ""], [line for line in lines if line])
 
 
 def place(seconds, tokens):
@@ -522,7 +582,8 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
     parser.add_argument("--plot", action="store_true", help="write curve.png from its full runs and stop")
-    parser.add_argument("--only", nargs="+", choices=[*SWEEPS, *FULL, *LADDER, *TRIED, "first"], help="these alone")
+    names = [*SWEEPS, *FULL, *LADDER, *TRIED, "first", "speed"]
+    parser.add_argument("--only", nargs="+", choices=names, help="these alone")
     parser.add_argument("--seeds", type=int, default=3, help="of each rung and each full run [3]")
     parser.add_argument("--budget_s", type=float, default=math.inf, help="begin no run that would end later than this")
     parser.add_argument("--parallel", type=int, nargs="?", const=1, metavar="N", help="N runs on each GPU [1]")
@@ -543,7 +604,7 @@ def main(argv=None):
 
         data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
                 for word in (f"--{name}", getattr(args, name))]
-        done = [r for r in results() if r["gpu"] == gpu and not (r["kind"] == "full" and r["sharing"])]
+        done = [r for r in results() if r["gpu"] == gpu and not (r["kind"] in ("full", "speed") and r["sharing"])]
         tasks = [(run, seed) for run, seed in runs(args.only, args.seeds)
                  if not any(run.is_of(r) and r["seed"] == seed for r in done)]
         failed = run_all(tasks, gpu, torch.__version__, devices_of(args.parallel), end + args.budget_s, data)
