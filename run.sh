@@ -5,6 +5,7 @@
 #     ./run.sh test                     the tests;  ./run.sh test-all  with the slow ones
 #     ./run.sh d12 | d12_mlp3x | ...    a preset of train_gpt2_mod.py on FineWeb (python data/fineweb.py fetches it)
 #     ./run.sh d12_fast                 a recipe meant to reach a loss soon: its steps, rates and schedule are the preset's
+#     ./run.sh speedrun                 the same from nothing: fetches 200 M tokens, takes the micro-batch that fits the GPU
 #     ./run.sh nocap                    the reference run: d12 to a validation loss of 3.3821 on FineWeb
 #     ./run.sh gqa                      the same with a quarter of the key/value heads and 12% more width
 #     ./run.sh help                     this text
@@ -47,6 +48,15 @@ gqa)
         --batch_size 16 --sequence_length 1024 --total_batch_size 524288 --num_iterations 4768 \
         --learning_rate 1.8e-3 --warmup_iters 256 --warmdown_iters 1024 --weight_decay 0.1 --grad_clip 0 \
         --val_loss_every 128 --target_val_loss 3.3821 --save_every 512 --output_dir logs "$@"
+    ;;
+speedrun)
+    python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+        echo "error: speedrun needs an NVIDIA GPU; ./run.sh trains a small model on what is here" >&2
+        exit 2
+    }
+    [[ " $* " == *" --input_bin "* ]] || python data/fineweb.py 2
+    "${launch[@]}" --model d12_fast --batch_size auto --sequence_length 1024 --val_loss_every 100 --save_every 250 \
+        --output_dir logs "$@"
     ;;
 *_fast)
     "${launch[@]}" --model "$name" --batch_size 16 --sequence_length 1024 --val_loss_every 100 --save_every 250 \

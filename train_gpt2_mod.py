@@ -513,6 +513,7 @@ class Shorthand:
                          "network typed, if any")
     init_from: str = option("", "start with the weights of a checkpoint, or of a file that tools/hf.py imported")
     dry_run: bool = option(False, "say what the run would be, its parameters, FLOPs, memory and hours, and stop")
+    memory_gib: float = option(0.0, "GiB that a process may take of its GPU, as if the card were smaller; 0: all")
     gqa_enabled: bool = option(False, "grouped-query attention: kv_head_ratio 0.25, embd_scale 1.12 unless typed")
     kv_head_ratio: float = option(0.25, "key/value heads as a share of the query heads, rounded down to a divisor")
     embd_scale: float = option(1.0, "widen n_embd by this factor, to a head size that is a multiple of 8", parse=number)
@@ -902,7 +903,7 @@ def resolve(typed, machine, base=None):
         value = fields.get(f.name)
         require(not isinstance(value, int) or value <= f.metadata["most"],
                 f"{f.name}={value} must be at most {f.metadata['most']:g}")
-    consumed, notes = {"resume", "init_from", "dry_run", "tokens_per_step"}, []
+    consumed, notes = {"resume", "init_from", "dry_run", "memory_gib", "tokens_per_step"}, []
     for rule, consumes in RULES:
         changes, note = rule(fields, typed, machine)
         fields.update(changes)
@@ -1000,10 +1001,12 @@ class World:
     `if distributed`.
     """
 
-    def __init__(self, device="auto"):
+    def __init__(self, device="auto", memory_gib=0):
         self.rank, self.local_rank, self.size = torchrun_place()
         self.is_main = self.rank == 0
         self.device = self.find_device(device)
+        if memory_gib:
+            self.limit_memory(memory_gib)
 
     def find_device(self, wanted):
         available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -1017,6 +1020,14 @@ class World:
                 f"{torch.cuda.device_count()} visible; lower --nproc_per_node")
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
+
+    def limit_memory(self, gib):
+        """Let this process have so much of its GPU and no more, as if the card were smaller."""
+        require(self.device.type == "cuda", f"memory_gib={gib:g} can be held only on a CUDA device, and this run is on "
+                f"{self.device.type}; drop it")
+        total = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+        require(gib <= total, f"memory_gib={gib:g} must be at most what the device has, {total:.1f}; lower it")
+        torch.cuda.set_per_process_memory_fraction(gib / total)
 
     def machine(self, vocab_size=0):
         cuda = self.device.type == "cuda"
@@ -3494,6 +3505,7 @@ def kept_by_block(config):
     operands = C if config.precision == "fp8" else half * (2 * C + F)
     added = 2 * C * half if config.post_norm else 0  # attention's and the MLP's outputs, before their norms
     added += C * stream * config.x0_lambdas  # the stream before it was mixed
+    added += 3 * C * half * len(config.smears & {"attention", "mlp"})
     return 2 * C * stream + half * (projected + copied + H * D + hidden) + 4 * H + operands + added
 
 
@@ -3516,7 +3528,8 @@ def memory_plan(config, run, model, world_size=1, training=True):
     if not training:  # one block at a time, and nothing is kept for later
         return dict(weights=4 * parameters, gradients=0, optimizer=moments, activations=block, head=head)
     mixed = 3 * config.value_embeddings * config.n_kv_head * config.head_dim * half  # the rows, and v in two blocks
-    kept, casts = blocks * block + tokens * (mixed + config.embd_norm * config.n_embd * stream), 0
+    begun = config.n_embd * (config.embd_norm * stream + 3 * half * ("embedding" in config.smears))
+    kept, casts = blocks * block + tokens * (mixed + begun), 0
     if config.gradient_checkpointing:
         kept = blocks * tokens * config.n_embd * stream + max(0, block - logits)
     elif config.precision not in ("fp32", "fp8"):  # each micro-batch keeps the blocks' matrices in the type of products
@@ -3563,8 +3576,9 @@ def dry_run(typed, origin):
     vocab_size, (_, _, world_size) = 0, torchrun_place()
     with contextlib.suppress(DataError):  # there need be no shards
         vocab_size = TokenShards(settings["input_bin"]).vocab_size
-    asks = settings["batch_size"] == "auto" and device == "cuda" and torch.cuda.is_available()
-    memory = torch.cuda.mem_get_info()[0] if asks else 0
+    memory = int(2**30 * typed.get("memory_gib", 0))  # of a card that need not be here
+    if settings["batch_size"] == "auto" and device == "cuda" and not memory and torch.cuda.is_available():
+        memory = torch.cuda.mem_get_info()[0]
     machine = Machine(world_size, device, device == "cuda", device == "cuda", vocab_size, memory)
     config, run, notes = resolve(typed, machine, origin.base)
     refuse_other_network(config, run, origin)
@@ -3716,13 +3730,15 @@ def start_run(typed, world, origin):
 
 def run_training(typed):
     """One run from what was typed, to its end."""
+    gib = typed.get("memory_gib", 0)
+    require(0 <= gib < math.inf, f"memory_gib={gib} must be at least 0, and finite; 0 is all there is")
     origin = find_origin(typed)
     if typed.get("dry_run"):
         if speaks_for_all():
             print("\n".join(dry_run(typed, origin)))
         return
     settings = {**(origin.base or {}), **typed}
-    world = World(settings.get("device", TrainConfig.device))
+    world = World(settings.get("device", TrainConfig.device), gib)
     # What is wrong with the flags waits for nothing; what depends on the vocabulary waits for the shards.
     resolve(typed, world.machine(settings.get("vocab_size", 1)), origin.base)
     deterministic = deterministic_algorithms(settings.get("deterministic", TrainConfig.deterministic))

@@ -1,6 +1,7 @@
 """From flags to a configuration: the rules, what they refuse, and how they say so."""
 import dataclasses
 import re
+import types
 
 import pytest
 import torch
@@ -351,6 +352,25 @@ def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(script.ConfigError, match="RANK.*'first'.*launch with torchrun"):
         script.World("cpu")
+
+
+def test_a_card_can_be_made_smaller(monkeypatch):
+    with pytest.raises(script.ConfigError, match="memory_gib=22 can be held only on a CUDA device.* on cpu; drop it"):
+        script.World("cpu", 22)
+    said, cuda = [], script.torch.cuda
+    monkeypatch.setattr(script.World, "find_device", lambda world, wanted: script.torch.device(wanted))
+    monkeypatch.setattr(cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", said.append)
+    script.World("cuda")
+    assert said == []  # all of it
+    script.World("cuda", 20)
+    assert said == [0.25]
+    with pytest.raises(script.ConfigError, match="memory_gib=81 must be at most what the device has, 80.0; lower it"):
+        script.World("cuda", 81)
+    assert said == [0.25]
+    for wrong in ("-1", "nan", "inf"):
+        with pytest.raises(script.ConfigError, match=f"memory_gib={float(wrong)} must be at least 0, and finite"):
+            script.run_training(script.parse_flags(["--memory_gib", wrong]))
 
 
 NUMBERS = ["0", "1", "-1", "2", "3", "12", "64", "100", "768", "1024", "", "x", "1.5"]

@@ -352,6 +352,12 @@ sys.exit(train_gpt2_mod.main(sys.argv[1:]))
 """
 
 
+def test_of_a_card_that_is_not_there(dry):
+    for gib, size in ((24, 32), (22, 16), (60, 64)):
+        code, lines, _ = dry("--model", "d12_fast", "--device", "cuda", "--batch_size", "auto", "--memory_gib", gib)
+        assert code == 0 and any(line.startswith(f"batch_size={size}: a plan of ") for line in lines)
+
+
 def test_under_torchrun_without_a_gpu_it_starts_and_writes_nothing(tmp_path):
     """The environment that torchrun makes; nobody listens at its address."""
     environment = dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1",

@@ -885,7 +885,7 @@ def test_runs(run):
     """Values in the usual range, in any combination, for a step or two."""
     small = {int: ["0", "1", "2", "3", "4", "8"], float: ["0", "0.5", "0.9", "1", "2"]}
     fixed = {"compile", "compile_mode", "device", "model", "input_bin", "input_val_bin", "output_dir", "log_wandb",
-             "wandb_project", "resume", "init_from", "dry_run", "num_iterations", "vocab_size"}
+             "wandb_project", "resume", "init_from", "dry_run", "num_iterations", "vocab_size", "memory_gib"}
 
     def flag(field):
         choices = field.metadata["choices"]

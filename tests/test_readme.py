@@ -142,6 +142,8 @@ def try_run_sh(copy, words, server):
         assert "test_data_fineweb.py" in collected and "test_model.py" in collected
     elif name == ["help"]:
         assert "./run.sh test" in run_words(copy, words).stdout
+    elif name == ["speedrun"]:  # which wants a GPU: see test_speedrun_of_run_sh
+        assert "./run.sh speedrun" in run_words(copy, ["./run.sh", "help"]).stdout
     elif name in ([], ["quickstart"]):
         result = run_words(copy, ["./run.sh", "quickstart", *words[2:], *shrunk(1)])
         check_training(copy, result, 1)
@@ -349,6 +351,24 @@ def test_quickstart_of_run_sh(copy):
     config, run = resolve(train.splitlines()[1:])
     assert run.model == "tiny" and run.input_bin == "data/quickstart/train_*.bin" and run.output_dir == "logs"
     assert run.num_iterations * run.tokens_per_step < 3 * 60 * 12_000  # three minutes at the speed of two plain cores
+
+
+def test_speedrun_of_run_sh(copy):
+    """The stub of python lets the first call, whether there is a GPU, fail or not."""
+    make_program(copy / ".venv/bin/python", f'[ "$1" = -c ] && exit $NO_GPU; {SAY}')
+    for words, fetched in ((["--seed", "99"], ["data/fineweb.py", "2"]), (["--input_bin", "mine_*.bin"], None)):
+        result = one_process("./run.sh", "speedrun", *words, cwd=copy, PYTHON=sys.executable, NO_GPU="0")
+        assert result.returncode == 0, result
+        *before, train = re.split(r"^python\n", result.stdout, flags=re.M)[1:]
+        assert [said.split() for said in before] == ([fetched] if fetched else [])
+        typed = script.parse_flags(train.splitlines()[1:])
+        config, run, notes = script.resolve(typed, machine(memory=24 * 2**30))
+        assert (run.model, run.tokens_per_step, run.num_iterations, run.batch_size) == ("d12_fast", 65536, 2000, 32)
+        assert any(note.startswith("batch_size=32: a plan of ") for note in notes)  # it says what it picked
+        assert script.resolve(typed, machine(memory=80 * 2**30))[1].batch_size == 64
+    result = one_process("./run.sh", "speedrun", cwd=copy, PYTHON=sys.executable, NO_GPU="1")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == ("error: speedrun needs an NVIDIA GPU; ./run.sh trains a small model on what is here\n")
 
 
 def test_run_sh_elsewhere_and_its_words(copy, tmp_path):

@@ -49,7 +49,8 @@ def test_the_commands_resolve(run):
     assert (settings.tokens_per_step, settings.batch_size) == (batch, min(64, batch // 1024))
     assert settings.sequence_length == 1024 and settings.shuffle != ("in_order" in run.name)
     assert settings.num_iterations == run.steps and not settings.save_checkpoints
-    assert run.steps * settings.tokens_per_step == run.tokens == TOKENS.get(run.name, 29_753_344 if run.kind != "speed" else 60 * 65536)
+    tokens = 60 * 65536 if run.kind == "speed" else TOKENS.get(run.name, 29_753_344)
+    assert run.steps * settings.tokens_per_step == run.tokens == tokens
     share = 1 if run.name.endswith("warmdown_1") else 0.6
     assert settings.warmdown_iters == min(round(share * run.steps), run.steps - settings.warmup_iters)  # to its end
     assert settings.min_lr_fraction == (0 if run.name.endswith("floor_0") else 0.1)
@@ -503,6 +504,16 @@ def test_the_plot(monkeypatch, tmp_path, capsys):
 def test_the_exit_code_of_the_program():
     done = subprocess.run([sys.executable, FOLDER / "measure.py", "--tabel"], capture_output=True, text=True)
     assert done.returncode == 2 and "--tabel" in done.stderr
+
+
+def test_the_memory_plan_is_near_what_the_runs_took():
+    found = {(row["flags"], row["peak_mem_MB"]) for row in fast.results()}
+    assert len(found) > 20
+    for flags, peak in found:
+        config, run = resolved(flags)
+        with torch.device("meta"):
+            model = script.GPT(config)
+        assert sum(script.memory_plan(config, run, model).values()) / 2**20 == pytest.approx(peak, rel=0.05), flags
 
 
 # ----------------------------------------------------------------------------------------------------------------------
