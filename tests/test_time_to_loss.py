@@ -23,6 +23,7 @@ FOLDER = ROOT / "docs" / "04-time-to-loss"
 spec = importlib.util.spec_from_file_location("measure_04", FOLDER / "measure.py")
 fast = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fast)
+expected_seconds = fast.measuring.expected_seconds
 
 NAMES = [*fast.SWEEPS, *fast.FULL, *fast.LADDER, *fast.TRIED, "first", "speed"]
 EVERY = fast.runs(NAMES, 1)
@@ -159,14 +160,14 @@ def test_welch_against_the_integral():
                                         (30, 2.04227)])
 def test_the_quantiles_of_the_tables(freedom, t):
     """97.5% quantiles of Student's t, as printed in any table of it."""
-    assert fast.beta_share(freedom / (freedom + t**2), freedom / 2, 0.5) == pytest.approx(0.05, abs=1e-6)
+    assert fast.measuring.beta_share(freedom / (freedom + t**2), freedom / 2, 0.5) == pytest.approx(0.05, abs=1e-6)
 
 
 def test_closed_forms_of_the_beta_function():
     for x in (0.0, 0.1, 0.5, 0.51, 0.9, 1.0):
-        assert fast.beta_share(x, 1, 1) == pytest.approx(x)
-        assert fast.beta_share(x, 0.5, 0.5) == pytest.approx(2 / math.pi * math.asin(math.sqrt(x)))
-        assert fast.beta_share(x, 3, 2) == pytest.approx(4 * x**3 - 3 * x**4)
+        assert fast.measuring.beta_share(x, 1, 1) == pytest.approx(x)
+        assert fast.measuring.beta_share(x, 0.5, 0.5) == pytest.approx(2 / math.pi * math.asin(math.sqrt(x)))
+        assert fast.measuring.beta_share(x, 3, 2) == pytest.approx(4 * x**3 - 3 * x**4)
 
 
 def test_welch_at_its_edges():
@@ -222,7 +223,8 @@ def bench(monkeypatch, tmp_path):
     broken, calls = tmp_path / "broken", tmp_path / "calls.jsonl"
     stand_in = STAND_IN.replace("CALLS", repr(str(calls))).replace("BROKEN", repr(str(broken)))
     (tmp_path / "script.py").write_text(stand_in)
-    for name, path in (("SCRIPT", "script.py"), ("RESULTS", "results.jsonl"), ("CURVE", "curve.png")):
+    monkeypatch.setattr(fast.measuring, "SCRIPT", tmp_path / "script.py")
+    for name, path in (("RESULTS", "results.jsonl"), ("CURVE", "curve.png")):
         monkeypatch.setattr(fast, name, tmp_path / path)
     monkeypatch.setattr(fast.measuring, "gpu_name", lambda: "A GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -245,7 +247,7 @@ def test_a_run_and_its_record(bench, capsys):
     assert row["val_loss"] == row["curve"][-1][-1] == pytest.approx(4.001)
     assert (row["gpu"], row["torch"], row["first_step_s"]) == ("A GPU", torch.__version__, 20.0)
     assert (row["tokens_per_second"], row["step_avg_ms"], row["peak_mem_MB"]) == (524288.0, 250.0, 20001)
-    assert re.fullmatch("[0-9a-f]{64}", row["script_sha256"]) and row["script_sha256"] == fast.source()
+    assert re.fullmatch("[0-9a-f]{64}", row["script_sha256"]) and row["script_sha256"] == fast.measuring.source()
     assert row["data"] == "29,800,000 training tokens in 1 shards, vocabulary 50257" and 0 < row["wall_s"] < 60
     out = capsys.readouterr().out
     assert "full d12, seed 1: loss 4.0010, 524,288 tokens/s" in out
@@ -259,7 +261,7 @@ def test_the_figures_of_a_run_of_the_script(trainer):
     """The stand-in writes what the script writes."""
     run = trainer.run("--no_save_checkpoints")
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    found, last = fast.figures(records), [r for r in records if "train_loss" in r][-1]
+    found, last = fast.measuring.figures(records), [r for r in records if "train_loss" in r][-1]
     assert [point[:2] for point in found["curve"]] == [(3, 192), (6, 384)]
     assert found["val_loss"] == found["curve"][-1][-1] == records[-1]["val_loss"]
     assert found["curve"][-1][2] == pytest.approx(last["time"] / 1000) and last["time"] / 1000 > found["first_step_s"]
@@ -271,7 +273,7 @@ def test_the_figures_of_a_run_of_the_script(trainer):
 def test_nothing_is_run_twice(bench, monkeypatch):
     only = ["--only", "adamw", "muon", "--seeds", "2"]
     assert fast.main(only) == 0 and len(bench.calls()) == 4
-    monkeypatch.setattr(fast, "source", lambda: "another")
+    monkeypatch.setattr(fast.measuring, "source", lambda: "another")
     assert fast.main(only) == 0 and len(bench.calls()) == 4  # another version, and its records say which they are of
     assert fast.main(["--only", "adamw", "--seeds", "3"]) == 0 and len(bench.calls()) == 5
     assert [row["script_sha256"] == "another" for row in fast.results()] == [False] * 4 + [True]
@@ -292,21 +294,21 @@ def test_a_failed_run_is_said_and_the_next_goes_on(bench, capsys):
 
 
 def test_after_a_signal_nothing_else_begins(bench):
-    bench.broken.write_text(str(fast.STOPPED))
-    assert fast.STOPPED == script.Stopped.exit_code
+    bench.broken.write_text(str(fast.measuring.STOPPED))
+    assert fast.measuring.STOPPED == script.Stopped.exit_code
     assert fast.main("--only qk_norm relu2 zero_init --seeds 1".split()) == 1
     assert len(bench.calls()) == 2 and [row["name"] for row in fast.results()] == ["qk_norm"]
 
 
 def test_an_interruption_loses_no_record(bench, monkeypatch):
-    measure = fast.measure
+    measure = fast.measuring.measure
 
     def interrupted(run, *rest):
         if run.name == "untied":
             raise KeyboardInterrupt
         return measure(run, *rest)
 
-    monkeypatch.setattr(fast, "measure", interrupted)
+    monkeypatch.setattr(fast.measuring, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fast.main("--only adamw muon untied --seeds 1".split())
     assert [row["name"] for row in fast.results()] == ["adamw", "muon"]
@@ -324,14 +326,14 @@ def test_what_a_run_is_expected_to_take():
     short, full = fast.ladder()["muon"][1], fast.Run("full", "d12", fast.FULL["d12"])
     rows = [made_up(short, 1, wall_s=100.0), made_up(short, 2, wall_s=90.0, step_avg_ms=200.0)]
     beyond = max(100 - 454 * 0.25, 90 - 454 * 0.2)
-    assert fast.expected_seconds(full, []) == 0
-    assert fast.expected_seconds(full, rows) == pytest.approx(1.1 * (beyond + 1526 * 0.25))
+    assert expected_seconds(full, []) == 0
+    assert expected_seconds(full, rows) == pytest.approx(1.1 * (beyond + 1526 * 0.25))
     slow = made_up(full, 1, wall_s=500.0, step_avg_ms=300.0)
-    assert fast.expected_seconds(short, [*rows, slow]) == pytest.approx(1.1 * (beyond + 454 * 0.25))  # its own
-    assert fast.expected_seconds(full, [*rows, slow]) == pytest.approx(1.1 * 500)
+    assert expected_seconds(short, [*rows, slow]) == pytest.approx(1.1 * (beyond + 454 * 0.25))  # its own
+    assert expected_seconds(full, [*rows, slow]) == pytest.approx(1.1 * 500)
     shared = made_up(short, 1, wall_s=300.0, sharing=2)
-    assert fast.expected_seconds(short, [*rows, shared], 2) == pytest.approx(1.1 * 300)  # its like, though slower
-    assert fast.expected_seconds(short, [*rows, shared], 1) > fast.expected_seconds(short, rows)  # none is: the slowest
+    assert expected_seconds(short, [*rows, shared], 2) == pytest.approx(1.1 * 300)  # its like, though slower
+    assert expected_seconds(short, [*rows, shared], 1) > expected_seconds(short, rows)  # none is: the slowest
 
 
 def test_the_budget_stops_before_a_run_that_would_not_end_in_it(bench, monkeypatch, capsys):
@@ -350,7 +352,7 @@ def test_each_gpu_has_a_run_of_its_own(bench, monkeypatch, visible, devices):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     busy, most = set(), []
-    measure = fast.measure
+    measure = fast.measuring.measure
 
     def watched(run, seed, data, device, beside, sharing):
         assert device not in busy and (beside, sharing) == (1, 0)
@@ -361,7 +363,7 @@ def test_each_gpu_has_a_run_of_its_own(bench, monkeypatch, visible, devices):
         finally:
             busy.remove(device)
 
-    monkeypatch.setattr(fast, "measure", watched)
+    monkeypatch.setattr(fast.measuring, "measure", watched)
     assert fast.main("--only adamw muon untied --seeds 2 --parallel".split()) == 0
     assert max(most) == 2 and {device for _, device in bench.calls()} == devices
     done = [(row["flags"], row["seed"]) for row in fast.results()]
@@ -413,8 +415,8 @@ def test_the_ladder_of_made_up_records():
 
 
 def test_the_lines_of_a_rung(monkeypatch, tmp_path):
-    monkeypatch.setattr(fast, "SCRIPT", tmp_path / "script.py")
-    fast.SCRIPT.write_text("a = 1\n\n\nclass B:\n    def c(self):\n        return a\n\n\nb = ab = B()\n")
+    monkeypatch.setattr(fast.measuring, "SCRIPT", tmp_path / "script.py")
+    fast.measuring.SCRIPT.write_text("a = 1\n\n\nclass B:\n    def c(self):\n        return a\n\n\nb = ab = B()\n")
     found = {words: fast.code_lines(words) for words in ((), ("a",), ("B",), ("c", "b"), ("B", "c", "ab"))}
     assert list(found.values()) == [0, 2, 4, 3, 4]
     monkeypatch.undo()

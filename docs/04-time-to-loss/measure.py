@@ -16,28 +16,18 @@ speed. The last two only show.
 """
 import argparse
 import ast
-import collections
-import hashlib
-import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-SCRIPT, RESULTS, CURVE = ROOT / "train_gpt2_mod.py", HERE / "results.jsonl", HERE / "curve.png"
+RESULTS, CURVE = HERE / "results.jsonl", HERE / "curve.png"
 sys.path.insert(0, str(HERE.parent))
 import measuring  # noqa: E402
-from measuring import table  # noqa: E402
+from measuring import Run, last_of, learning_curve, losses, mean, reached, table, welch  # noqa: E402
 
 SHAPE = ("--batch_size 64 --sequence_length 1024 --total_batch_size 65536 --shuffle --warmdown_fraction 0.6 "
          "--min_lr_fraction 0.1 --no_save_checkpoints")
@@ -178,32 +168,6 @@ ANCHORS = {  # (seconds, loss) of the public trainers on an H100, see README.md
 }
 LOSSES = (4.914, 4.01, 3.80, 3.416)  # of the public trainers' curves, see README.md
 LEVEL = 0.05  # of p, below which two rungs are told apart
-MARGIN = 1.1  # on the seconds that a run is expected to take
-STOPPED = 75  # the script's exit code when a signal ended it
-
-
-class Run(NamedTuple):
-    kind: str
-    name: str
-    flags: str
-
-    @property
-    def steps(self):
-        return int(last_of(self.flags)["num_iterations"])
-
-    @property
-    def tokens(self):
-        return self.steps * int(last_of(self.flags)["total_batch_size"])
-
-    def is_of(self, record):
-        """Whether a record is of this run: of the same flags, in any order."""
-        return last_of(self.flags) == last_of(record["flags"])
-
-
-def last_of(flags):
-    """{flag: its value}, of a switch "" or "no"; of a flag that stands twice the last counts."""
-    typed = re.findall(r"--(no_)?(\S+) ?((?!--)\S*)", flags)
-    return {flag: "no" if no else value for no, flag, value in typed}
 
 
 def swept(name):
@@ -261,172 +225,7 @@ def results():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Running
-
-
-def source():
-    """The SHA-256 of the script and its kernel."""
-    files = ("train_gpt2_mod.py", "fused_softmax.py")
-    return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
-
-
-def measure(run, seed, data, device, beside, sharing):
-    """Run the script once, on one GPU by its number (None: the first), beside so many others, of which so many share
-    that GPU; its record without the name of the GPU."""
-    environment = {**os.environ, **({} if device is None else dict(CUDA_VISIBLE_DEVICES=device))}
-    before, begin = source(), time.perf_counter()
-    with tempfile.TemporaryDirectory() as logs:
-        command = [sys.executable, SCRIPT, *run.flags.split(), "--seed", str(seed), *data, "--output_dir", logs]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
-        records = [json.loads(line) for line in next(Path(logs).glob("*/metrics.jsonl")).read_text().splitlines()]
-    found = dict(**run._asdict(), seed=seed, **figures(records), wall_s=time.perf_counter() - begin, beside=beside,
-                 sharing=sharing)
-    said = re.search(r"^data: (.*)$", done.stdout, re.M)
-    return found | dict(data=said and said[1], script_sha256=before)
-
-
-def figures(records):
-    """What metrics.jsonl says of a run. Seconds are those of training, without validation."""
-    steps = [r for r in records if "step_ms" in r]
-    curve = [(r["step"], r["tokens"], r["time"] / 1000, r["val_loss"]) for r in records if "val_loss" in r]
-    last = steps[-1]
-    return dict(
-        val_loss=curve[-1][-1], curve=curve, tokens_per_second=last["tokens_per_second"],
-        step_avg_ms=last["step_avg_ms"], peak_mem_MB=last["peak_mem_MB"], first_step_s=steps[0]["step_ms"] / 1000,
-    )
-
-
-def expected_seconds(run, rows, sharing=0):
-    """What a run will take by those so far, if there are any of the same flags, else by those that had as many beside
-    them on their GPU: its tokens, and what such a run took beyond them. 0 where there is none."""
-    alike = [r for r in rows if r["sharing"] == sharing]
-    like = [r for r in alike if run.is_of(r)] or alike or rows
-    if not like:
-        return 0.0
-    beyond = max(r["wall_s"] - r["curve"][-1][0] * r["step_avg_ms"] / 1000 for r in like)
-    a_token = max(r["step_avg_ms"] * r["curve"][-1][0] / r["curve"][-1][1] for r in like)
-    return MARGIN * (beyond + run.tokens * a_token / 1000)
-
-
-def why(error):
-    """A run's failure in a line."""
-    if isinstance(error, subprocess.CalledProcessError):
-        last = ((error.stderr or "").strip().splitlines() or ["it said nothing"])[-1]
-        return f"exit code {error.returncode}: {last}"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def run_all(tasks, gpu, torch_version, devices, end, data):
-    """Run the tasks [(Run, seed)], each device one at a time, and append their records; how many failed. None begins
-    that would not be done by `end`, of time.monotonic()."""
-    waiting, lock, failures = collections.deque(tasks), threading.Lock(), []
-
-    def take(sharing):
-        with lock:
-            mine = [r for r in results() if r["gpu"] == gpu]
-            if waiting and time.monotonic() + expected_seconds(waiting[0][0], mine, sharing) > end:
-                print(f"no time left for {waiting[0][0].name}: {len(waiting)} runs are still to do", flush=True)
-                waiting.clear()
-            return waiting.popleft() if waiting else None
-
-    def work(device):
-        sharing = devices.count(device) - 1
-        while task := take(sharing):
-            run, seed = task
-            try:
-                row = measure(run, seed, data, device, len(devices) - 1, sharing)
-            except Exception as error:  # whatever it is, the next run may do
-                with lock:
-                    failures.append(task)
-                    print(f"failed: {run.kind} {run.name}, seed {seed}: {why(error)}", flush=True)
-                    if getattr(error, "returncode", 0) == STOPPED:
-                        waiting.clear()
-                continue
-            with lock:
-                measuring.append(RESULTS, dict(row, gpu=gpu, torch=torch_version))
-                print(f"{run.kind} {run.name}, seed {seed}: loss {row['val_loss']:.4f}, "
-                      f"{row['tokens_per_second']:,.0f} tokens/s, {row['wall_s']:.0f} s in all", flush=True)
-
-    if len(devices) == 1:
-        work(devices[0])
-        return len(failures)
-    with ThreadPoolExecutor(len(devices)) as pool:
-        try:
-            list(pool.map(work, devices))
-        finally:
-            waiting.clear()  # Ctrl-C ends the runs that are under way, and no other begins
-    return len(failures)
-
-
-def devices_of(parallel):
-    """The number of a GPU as CUDA_VISIBLE_DEVICES takes it for each of the runs at a time, `parallel` of them on each;
-    for None one run on the first GPU, whatever it is."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    every = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    return [None] if parallel is None else every * parallel
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-def beta_share(x, a, b):
-    """The regularised incomplete beta function I_x(a, b): the integral of u^(a-1) (1-u)^(b-1) from 0 to x as a share of
-    that to 1, by its power series."""
-    if x > 0.5:  # where the series of the other side is short
-        return 1.0 - beta_share(1.0 - x, b, a)
-    term, total = 1.0, 1.0 / a
-    for n in range(1, 200):
-        term *= (n - b) / n * x
-        total += term / (a + n)
-    return x**a * total * math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
-
-
-def welch(a, b):
-    """The two-sided p of Welch's t-test (1947, Biometrika 34) that two lists of numbers have one mean; None for fewer
-    than two numbers in either."""
-    if min(len(a), len(b)) < 2:
-        return None
-    apart = statistics.fmean(a) - statistics.fmean(b)
-    shares = [statistics.variance(z) / len(z) for z in (a, b)]
-    if sum(shares) == 0:
-        return float(apart == 0)
-    freedom = sum(shares) ** 2 / sum(s**2 / (len(z) - 1) for s, z in zip(shares, (a, b)))
-    return beta_share(freedom / (freedom + apart**2 / sum(shares)), freedom / 2, 0.5)
-
-
-def learning_curve(row):
-    """[(seconds, tokens, loss)], the first step counted as an average one: compilation is left out, as in the
-    published curves."""
-    compiling = row["first_step_s"] - row["step_avg_ms"] / 1000
-    return [(seconds - compiling, tokens, loss) for _, tokens, seconds, loss in row["curve"]]
-
-
-def reached(curve, target):
-    """(seconds, tokens) at which a curve first is at most the target, linearly between its points; None if it never is,
-    or is from its first point on."""
-    for (t0, n0, above), (t1, n1, below) in zip(curve, curve[1:]):
-        if above > target >= below:
-            share = (above - target) / (above - below)
-            return t0 + share * (t1 - t0), n0 + share * (n1 - n0)
-    return None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Tables
-
-
-def losses(rows, run):
-    """{seed: validation loss} of a run."""
-    return {r["seed"]: r["val_loss"] for r in rows if run.is_of(r)}
-
-
-def mean(values):
-    return statistics.fmean(values) if values else None
 
 
 def verdict(difference, p):
@@ -463,7 +262,7 @@ COMPARED = ("what it adds", "seeds", "tokens/s", "MiB", "loss", "std")  # the co
 
 def code_lines(words):
     """How many lines of the script are for one of the words: of definitions of that name, or with the word."""
-    text, found = SCRIPT.read_text(), set()
+    text, found = measuring.SCRIPT.read_text(), set()
     for node in ast.walk(ast.parse(text)):
         if getattr(node, "name", None) in words:
             found.update(range(node.lineno, node.end_lineno + 1))
@@ -600,14 +399,12 @@ def main(argv=None):
     failed = 0
     if not args.table:
         gpu = measuring.gpu_name()
-        import torch
-
         data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
                 for word in (f"--{name}", getattr(args, name))]
         done = [r for r in results() if r["gpu"] == gpu and not (r["kind"] in ("full", "speed") and r["sharing"])]
         tasks = [(run, seed) for run, seed in runs(args.only, args.seeds)
                  if not any(run.is_of(r) and r["seed"] == seed for r in done)]
-        failed = run_all(tasks, gpu, torch.__version__, devices_of(args.parallel), end + args.budget_s, data)
+        failed = measuring.run_all(tasks, RESULTS, measuring.devices_of(args.parallel), end + args.budget_s, data)
     print_tables()
     return 1 if failed else 0
 
