@@ -1,6 +1,7 @@
-"""What the measure.py of the experiments share: a file of results, the GPU that they are of, runs of the script one after
-the other or side by side, what can be said of their losses, Markdown tables."""
+"""What the measure.py of the experiments share: a file of results, the GPU that they are of, runs of the script one
+after the other or side by side, what can be said of their losses, Markdown tables."""
 import collections
+import contextlib
 import hashlib
 import json
 import math
@@ -19,6 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt2_mod.py"
 MARGIN = 1.1  # on the seconds that a run is expected to take
+KEPT = "--save_checkpoints --save_every_minutes 3 --keep_last 1 --resume auto".split()  # of a folder that is kept
 STOPPED = 75  # the script's exit code when a signal ended it
 
 
@@ -86,21 +88,46 @@ def source():
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
 
 
-def measure(run, seed, data, device, beside, sharing):
-    """Run the script once, on one GPU by its number (None: the first), beside so many others, of which so many share
-    that GPU; its record without the name of the GPU."""
+def torchrun(processes):
+    """What stands before the script's name for so many processes."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+
+
+@contextlib.contextmanager
+def folder_of(run, seed, keep):
+    """(A folder for the logs, the flags of checkpoints). A folder that is kept has them, so that a run that was stopped
+    goes on."""
+    if keep is None:
+        with tempfile.TemporaryDirectory() as logs:
+            yield logs, []
+    else:
+        name = hashlib.sha256(f"{run.flags} {seed}".encode()).hexdigest()[:8]
+        yield str(Path(keep) / f"{run.kind}_{run.name}_{name}"), KEPT
+
+
+def newest(logs):
+    return max(logs.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+
+
+def measure(run, seed, data, device, beside, sharing, processes=1, keep=None):
+    """Run the script once, on one GPU by its number (None: the first) or in several processes, beside so many others,
+    of which so many share that GPU; its record without the name of the GPU."""
     environment = {**os.environ, **({} if device is None else dict(CUDA_VISIBLE_DEVICES=device))}
     before, begin = source(), time.perf_counter()
-    with tempfile.TemporaryDirectory() as logs:
-        command = [sys.executable, SCRIPT, *run.flags.split(), "--seed", str(seed), *data, "--output_dir", logs]
+    with folder_of(run, seed, keep) as (logs, kept):
+        command = [*torchrun(processes), SCRIPT, *run.flags.split(), "--seed", str(seed), *data, "--output_dir", logs,
+                   *kept]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
-        records = [json.loads(line) for line in next(Path(logs).glob("*/metrics.jsonl")).read_text().splitlines()]
+        records = [json.loads(line) for line in newest(Path(logs)).read_text().splitlines()]
     found = dict(**run._asdict(), seed=seed, **figures(records), wall_s=time.perf_counter() - begin, beside=beside,
                  sharing=sharing)
     said = re.search(r"^data: (.*)$", done.stdout, re.M)
-    return found | dict(data=said and said[1], script_sha256=before)
+    found |= dict(data=said and said[1], script_sha256=before)
+    return found | dict(processes=processes) if processes > 1 else found
 
 
 def figures(records):
@@ -134,9 +161,10 @@ def why(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def run_all(tasks, path, devices, end, data):
+def run_all(tasks, path, devices, end, data, expected=expected_seconds, **how):
     """Run the tasks [(Run, seed)], each device one at a time, and append their records to the file of results; how many
-    failed. None begins that would not be done by `end`, of time.monotonic()."""
+    failed. None begins that by what is expected would not be done by `end`, of time.monotonic(); `how` is measure()'s.
+    """
     import torch
 
     waiting, lock, failures = collections.deque(tasks), threading.Lock(), []
@@ -145,7 +173,7 @@ def run_all(tasks, path, devices, end, data):
     def take(sharing):
         with lock:
             mine = [r for r in read(path) if r["gpu"] == here["gpu"]]
-            if waiting and time.monotonic() + expected_seconds(waiting[0][0], mine, sharing) > end:
+            if waiting and time.monotonic() + expected(waiting[0][0], mine, sharing) > end:
                 print(f"no time left for {waiting[0][0].name}: {len(waiting)} runs are still to do", flush=True)
                 waiting.clear()
             return waiting.popleft() if waiting else None
@@ -155,7 +183,7 @@ def run_all(tasks, path, devices, end, data):
         while task := take(sharing):
             run, seed = task
             try:
-                row = measure(run, seed, data, device, len(devices) - 1, sharing)
+                row = measure(run, seed, data, device, len(devices) - 1, sharing, **how)
             except Exception as error:  # whatever it is, the next run may do
                 with lock:
                     failures.append(task)

@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""Measure whether the formula of d4_fast to d48_fast holds, and whether d12_fast fits a card of 24 GB; print the tables
+of README.md.
+
+    python docs/05-depth-rules/measure.py --input_bin 'bench/train_*.bin' --input_val_bin 'bench/val_*.bin'
+    python docs/05-depth-rules/measure.py --only rates --parallel 3 --input_bin ... --input_val_bin ...
+    python docs/05-depth-rules/measure.py --table
+    python docs/05-depth-rules/measure.py --plot
+
+The first runs what results.jsonl does not hold yet for this GPU and appends a record each: of three depths the
+formula's rates, half and twice of them; the preset and the plain network of its size in equal minutes; presets of five
+depths in full; two recipes on a whole GPU and on 22 GiB of it. --only picks kinds, --seeds says how many, --budget_s
+when to stop; --parallel N has N runs on each GPU at a time, whose losses count but not their speed.
+"""
+import argparse
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS, CURVE = HERE / "results.jsonl", HERE / "curve.png"
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+import measuring  # noqa: E402
+from measuring import Run, losses, mean, table  # noqa: E402
+
+SHAPE = "--sequence_length 1024 --no_save_checkpoints"
+KINDS = ("rates", "minutes", "scale", "card")
+DEPTHS = (6, 12, 18)  # of which the rules are tested
+FACTORS = (0.5, 1, 2)  # on all rates of the formula
+SHORT = 29_753_344  # tokens; 454 steps of 65,536
+MINUTES = {6: 0.4, 12: 1, 18: 3}
+PLAIN_RATES = {6: ("1.5e-3", "3e-3"), 12: ("1e-3", "1.5e-3"), 18: ("7e-4", "1e-3")}
+SCALED = (4, 6, 8, 12, 18)
+RATES = ("muon_lr", "embedding_lr", "learning_rate", "scalar_lr")
+CARDS = {  # what -> its flags; each on the whole GPU, and with the micro-batch that fits
+    "d12_fast": "--model d12_fast --total_batch_size 65536 --num_iterations 150",
+    "nocap": "--model d12 --total_batch_size 524288 --num_iterations 20 --learning_rate 1.8e-3 --warmup_iters 10 "
+             "--grad_clip 0",
+}
+FLOPS, STARTING = 3.5e14, 90  # a second, and seconds beyond those of training: what a run is expected to take
+WHOLE, CAPPED = "--batch_size 64", "--batch_size auto --memory_gib 22"
+
+
+def preset(depth):
+    import train_gpt2_mod as script
+
+    return script.preset(f"d{depth}_fast")
+
+
+def micro_batch(depth):
+    """Sequences that leave room on 80 GB, and divide the batch."""
+    return min(64 if depth <= 12 else 32, preset(depth)[1]["tokens_per_step"] // 1024)
+
+
+def size_of(depth):
+    """(parameters, FLOPs of a token of training) of a preset."""
+    import torch
+    import train_gpt2_mod as script
+
+    config = script.GPTConfig(**preset(depth)[0])
+    with torch.device("meta"):
+        model = script.GPT(config)
+    return model.parameter_count(), model.flops_per_token(1024)
+
+
+def fast(kind, depth, flags):
+    """A run of a preset, its batch in words, so that a record says it."""
+    batch = preset(depth)[1]["tokens_per_step"]
+    size = f"--batch_size {micro_batch(depth)} --total_batch_size {batch}"
+    return Run(kind, f"d{depth}_fast", f"--model d{depth}_fast {size} {flags} {SHAPE}")
+
+
+def rates(depth, factor):
+    recipe = preset(depth)[1]
+    typed = " ".join(f"--{name} {factor * recipe[name]:.6g}" for name in RATES)
+    steps = round(SHORT / recipe["tokens_per_step"])
+    return fast("rates", depth, f"{typed} --num_iterations {steps} --val_loss_every 0")
+
+
+def in_minutes(depth):
+    return fast("minutes", depth, f"--minutes {MINUTES[depth]:g} --val_loss_every 0")
+
+
+def plain(depth, rate):
+    """d12 with the preset's depth and width, and AdamW: as many tokens a step, the same schedule."""
+    network, recipe = preset(depth)
+    width = network["n_embd"]
+    flags = (f"--model d12 --n_layer {depth} --n_embd {width} --n_head {width // 64} --learning_rate {rate} "
+             f"--warmup_iters 45 --warmdown_fraction 0.6 --min_lr_fraction 0.1 --shuffle --minutes {MINUTES[depth]:g} "
+             f"--batch_size {micro_batch(depth)} --total_batch_size {recipe['tokens_per_step']} --val_loss_every 0")
+    return Run("minutes", f"d{depth}", f"{flags} {SHAPE}")
+
+
+def scale(depth):
+    return fast("scale", depth, f"--num_iterations {preset(depth)[1]['num_iterations']} --val_loss_every 0")
+
+
+def card(name, place):
+    return Run("card", name, f"{CARDS[name]} {place} --val_loss_every 0 --shuffle {SHAPE}")
+
+
+def runs(kinds, seeds):
+    """[(Run, seed)] in the order of running; only the rates have more than one seed."""
+    every = dict(
+        rates=[(rates(depth, factor), seed) for seed in range(1, seeds + 1) for depth in DEPTHS for factor in FACTORS],
+        minutes=[(run, 1) for depth in DEPTHS
+                 for run in (in_minutes(depth), *(plain(depth, rate) for rate in PLAIN_RATES[depth]))],
+        scale=[(scale(depth), 1) for depth in SCALED],
+        card=[(card(name, place), 1) for name in CARDS for place in (WHOLE, CAPPED)],
+    )
+    return [task for kind in kinds for task in every[kind]]
+
+
+def expected_seconds(run, rows, sharing=0):
+    """What a run will take, by its minutes or its FLOPs."""
+    typed = measuring.last_of(run.flags)
+    if "minutes" in typed:
+        return STARTING + 60 * float(typed["minutes"])
+    depth = int(re.search(r"d(\d+)|nocap", run.name)[1] or 12)
+    return STARTING + run.tokens * size_of(depth)[1] * (1 + sharing) / FLOPS
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def found(rows, run):
+    """The mean loss of a run in a cell of a table."""
+    value = mean(list(losses(rows, run).values()))
+    return "-" if value is None else f"{value:.4f}"
+
+
+def rates_table(rows):
+    lines = [[f"`d{depth}_fast`", str(len(losses(rows, rates(depth, 1)))),
+              *(found(rows, rates(depth, factor)) for factor in FACTORS)]
+             for depth in DEPTHS if losses(rows, rates(depth, 1))]
+    return lines and table(["preset", "seeds", *(f"rates x {factor:g}" for factor in FACTORS)], lines)
+
+
+def minutes_table(rows):
+    lines = []
+    for depth in DEPTHS:
+        for run in (in_minutes(depth), *(plain(depth, rate) for rate in PLAIN_RATES[depth])):
+            for r in rows:
+                if run.is_of(r) and not r["sharing"]:
+                    rate = measuring.last_of(run.flags).get("learning_rate", "the formula's")
+                    lines.append([f"`{run.name}`", rate, f"{MINUTES[depth]:g}", f"{r['curve'][-1][1] / 1e6:.1f}",
+                                  f"{r['tokens_per_second']:,.0f}", f"{r['val_loss']:.4f}"])
+    return lines and table(["network", "learning rate", "minutes", "M tokens", "tokens/s", "loss"], lines)
+
+
+def scaled(rows):
+    """[(depth, tokens, FLOPs of training, loss)] of the presets' full lengths."""
+    each = []
+    for depth in SCALED:
+        for loss in list(losses(rows, scale(depth)).values())[:1]:
+            recipe = preset(depth)[1]
+            tokens = recipe["tokens_per_step"] * recipe["num_iterations"]
+            each.append((depth, tokens, tokens * size_of(depth)[1], loss))
+    return each
+
+
+def power_law(points):
+    """(a, b) of loss = a FLOPs^-b, by least squares of the logarithms."""
+    x, y = ([math.log(z) for z in values] for values in zip(*points))
+    slope = sum((u - mean(x)) * (v - mean(y)) for u, v in zip(x, y)) / sum((u - mean(x)) ** 2 for u in x)
+    return math.exp(mean(y) - slope * mean(x)), -slope
+
+
+def scale_table(rows):
+    each = scaled(rows)
+    lines = [[f"`d{depth}_fast`", f"{size_of(depth)[0] / 1e6:.1f}", f"{tokens / 1e6:.1f}", f"{flops / 1e15:.2f}",
+              f"{loss:.4f}"] for depth, tokens, flops, loss in each]
+    if len(each) > 2:
+        a, b = power_law([(flops, loss) for _, _, flops, loss in each])
+        lines.append(["the line", "", "", f"{a:.2f} FLOP^-{b:.4f}", ""])
+    return lines and table(["preset", "M parameters", "M tokens", "PFLOP", "loss"], lines)
+
+
+def card_table(rows):
+    lines = []
+    for name in CARDS:
+        for place, words in ((WHOLE, "the whole GPU"), (CAPPED, "22 GiB of it")):
+            lines += [[f"`{name}`", words, f"{r['peak_mem_MB']:,}", f"{r['tokens_per_second']:,.0f}",
+                       f"{r['val_loss']:.4f}"] for r in rows if card(name, place).is_of(r)]
+    return lines and table(["recipe", "on", "MiB", "tokens/s", "loss"], lines)
+
+
+def tables(rows):
+    return [made for make in (rates_table, minutes_table, scale_table, card_table) if (made := make(rows))]
+
+
+def plot():
+    """Write curve.png; the exit code."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("error: --plot needs the package matplotlib; pip install matplotlib", file=sys.stderr)
+        return 2
+    points = [(flops, loss) for _, _, flops, loss in scaled(measuring.read(RESULTS))]
+    if len(points) < 3:
+        print("error: results.jsonl has fewer than three runs of scale; --only scale measures them", file=sys.stderr)
+        return 2
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    a, b = power_law(points)
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    axes.plot(*zip(*points), marker="o", linestyle="", label="presets at their own lengths")
+    axes.plot(*zip(*((flops, a * flops**-b) for flops, _ in points)), label=f"{a:.2f} FLOP^-{b:.4f}")
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats a token")
+    axes.legend()
+    figure.savefig(CURVE, dpi=150)
+    print(f"{CURVE.name} has {len(points)} runs")
+    return 0
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
+    parser.add_argument("--plot", action="store_true", help="write curve.png from its runs of scale and stop")
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="these alone")
+    parser.add_argument("--seeds", type=int, default=2, help="of the rates [2]")
+    parser.add_argument("--budget_s", type=float, default=math.inf, help="begin no run that would end later than this")
+    parser.add_argument("--parallel", type=int, nargs="?", const=1, metavar="N", help="N runs on each GPU [1]")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="each run on N GPUs by torchrun [1]")
+    parser.add_argument("--keep", metavar="DIR", help="keep the runs' folders there: what was stopped goes on")
+    parser.add_argument("--input_bin", help="training shards, as train_gpt2_mod.py takes them")
+    parser.add_argument("--input_val_bin", help="validation shards")
+    return parser
+
+
+def main(argv=None):
+    """The exit code: 1 if a run failed."""
+    end, args = time.monotonic(), make_parser().parse_args(argv)
+    if args.plot:
+        return plot()
+    failed = 0
+    if not args.table:
+        gpu = measuring.gpu_name()
+        if {"minutes", "card"} & {*args.only} and (args.parallel or 1) > 1:
+            print(f"error: what is timed needs a GPU to itself, and --parallel {args.parallel} shares it; with --only "
+                  "name rates and scale alone", file=sys.stderr)
+            return 2
+        if args.processes > 1 and args.parallel:
+            print(f"error: --processes {args.processes} takes all GPUs for each run; drop --parallel", file=sys.stderr)
+            return 2
+        data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
+                for word in (f"--{name}", getattr(args, name))]
+        done = [r for r in measuring.read(RESULTS) if r["gpu"] == gpu]
+        tasks = [(run, seed) for run, seed in runs(args.only, args.seeds)
+                 if not any(run.is_of(r) and r["seed"] == seed for r in done)]
+        failed = measuring.run_all(tasks, RESULTS, measuring.devices_of(args.parallel), end + args.budget_s, data,
+                                   expected_seconds, processes=args.processes, keep=args.keep)
+    rows = measuring.read(RESULTS)
+    if not rows:
+        print("results.jsonl holds nothing: not measured yet")
+    for gpu, its in measuring.by_gpu(rows):
+        versions = ", ".join(dict.fromkeys(r["script_sha256"][:8] for r in its))
+        print("\n\n".join([f"{gpu}, torch {its[-1]['torch']}, script {versions}", *tables(its)]) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: results.jsonl holds what was measured before")
