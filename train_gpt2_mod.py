@@ -312,6 +312,7 @@ class GPTConfig:
                 "embd_norm")
         require(self.smears <= set(SMEARABLE), f"smear={self.smear} must be none or some of {', '.join(SMEARABLE)}, "
                 "joined by +; try embedding+mlp")
+        self.settle("smear", "+".join(part for part in SMEARABLE if part in self.smears) or "none")
         chance = math.log(self.vocab_size)
         require(self.loss_clamp == 0 or self.loss_clamp > chance, f"loss_clamp={self.loss_clamp} is not above the loss "
                 f"at the start, ln(vocab_size) = {chance:.2f}, so nothing would be learned; type more, or 0 for none")
@@ -691,9 +692,9 @@ def rule_positions(fields, typed, machine):
 
 def rule_precision(fields, typed, machine):
     cuda, wanted = machine.device_type == "cuda", fields.get("precision")
-    if wanted == "fast" and machine.has_fp8:  # of a preset
-        return dict(precision="fp8_head"), None
-    if wanted in (None, "fast"):
+    if wanted == "fast" and "precision" not in typed:  # of a preset
+        wanted = "fp8_head" if machine.has_fp8 else None
+    if wanted is None:
         return dict(precision="bf16" if cuda and machine.has_bf16 else "fp32"), None
     if wanted == "amp":
         return dict(precision="fp16" if cuda and not machine.has_bf16 else "bf16"), None
@@ -701,7 +702,7 @@ def rule_precision(fields, typed, machine):
             "or fp32")
     require("fp8" not in wanted or machine.has_fp8, f"precision={wanted} needs a GPU with float8 matrix products "
             "(compute capability 8.9 or more: Ada, Hopper, Blackwell), which this one is not; use bf16")
-    return {}, None
+    return dict(precision=wanted), None
 
 
 def rule_kernels(fields, typed, machine):

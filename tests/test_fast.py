@@ -1,5 +1,6 @@
 """The parts of the fast recipe: documents apart, value embeddings, the mixes, norm and start of the embedding."""
 import math
+import re
 
 import pytest
 import torch
@@ -324,6 +325,14 @@ def test_a_block_that_smears_is_its_definition(float64, kind):
     y = x + plain.attn_scale * plain.attn(smeared(plain.ln_1(x), weights[0]), ctx)
     y = y + plain.mlp(smeared(plain.ln_2(y), weights[1]))
     torch.testing.assert_close(block(x, ctx), y, rtol=0, atol=1e-12)
+
+
+def test_the_places_of_smear_have_one_order():
+    assert small_config(smear="mlp+embedding+mlp") == small_config(smear="embedding+mlp")
+    assert small_config().smears == set() and small_config(smear="mlp").smears == {"mlp"}
+    for wrong in ("", "mlp+", "none+mlp", "head", "embedding, mlp"):
+        with pytest.raises(script.ConfigError, match=re.escape(f"smear={wrong} must be none or some of embedding")):
+            small_config(smear=wrong)
 
 
 def test_a_smeared_document_is_read_as_if_it_were_alone(float64):

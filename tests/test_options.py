@@ -134,6 +134,7 @@ REFUSED = [
     ("--use_fp8", OLD_GPU, "precision=fp8 needs a GPU with float8", "use bf16"),
     ("--precision fp16", CPU, "precision=fp16 needs CUDA", "use bf16 or fp32"),
     ("--precision int8", NO_SHARDS, "precision=int8 is not known", "choose one of|did you mean"),
+    ("--precision fast", NO_SHARDS, "precision=fast is not known", "choose one of|did you mean"),
     ("--vocab_size 999 --model sized", machine(vocab_size=257), "vocab_size=999 differs from the shards' vocabulary "
      "of 257", "drop --vocab_size or name other shards"),
     ("--no_use_fp8", NO_SHARDS, "--no_use_fp8 is not a flag", "did you mean|--help"),
