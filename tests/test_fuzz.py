@@ -883,7 +883,8 @@ def test_a_link_that_leads_to_itself(run, tmp_path, flag, flags):
 
 def test_runs(run):
     """Values in the usual range, in any combination, for a step or two."""
-    small = {int: ["0", "1", "2", "3", "4", "8"], float: ["0", "0.5", "0.9", "1", "2"]}
+    small = {int: ["0", "1", "2", "3", "4", "8"], float: ["0", "0.5", "0.9", "1", "2"],
+             str: ["none", "embedding+mlp", "attention", "head"]}  # of --smear, the only one
     fixed = {"compile", "compile_mode", "device", "model", "input_bin", "input_val_bin", "output_dir", "log_wandb",
              "wandb_project", "resume", "init_from", "dry_run", "num_iterations", "vocab_size", "memory_gib"}
 
