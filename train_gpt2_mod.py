@@ -241,9 +241,7 @@ class GPTConfig:
         most=500,
     )
     x0_lambdas: bool = option(False, "begin each block with a x + b x0 of stream and embedding, a and b learned")
-    smear: str = option(  # where the stream begins, and where the blocks read it
-        "none", "add the token before's, times learned numbers: to embedding, attention, mlp, or as embedding+mlp"
-    )
+    smear: str = option("none", "learned shares of the token before, for embedding, attention, mlp, or as embedding+mlp")
     embd_norm: bool = option(False, "RMSNorm of the embedding, where the stream begins")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
     mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
@@ -276,6 +274,7 @@ class GPTConfig:
     )
 
     def __post_init__(self):
+        self.settle("smear", self.smear or "none")  # False in checkpoints of versions in which it was a switch
         check_fields(self)
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "mtp_max_steps", "kv_rank", "n_positions"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")

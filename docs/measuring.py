@@ -207,6 +207,51 @@ def run_all(tasks, path, devices, end, data, expected=expected_seconds, **how):
     return len(failures)
 
 
+def add_flags(parser, plotted, seeds_of, seeds):
+    """The flags of a program that runs, shows and draws; --only is its own."""
+    parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
+    parser.add_argument("--plot", action="store_true", help=f"write curve.png from its {plotted} and stop")
+    parser.add_argument("--seeds", type=int, default=seeds, help=f"of {seeds_of} [{seeds}]")
+    parser.add_argument("--budget_s", type=float, default=math.inf, help="begin no run that would end later than this")
+    parser.add_argument("--parallel", type=int, nargs="?", const=1, metavar="N", help="N runs on each GPU [1]")
+    parser.add_argument("--input_bin", help="training shards, as train_gpt2_mod.py takes them")
+    parser.add_argument("--input_val_bin", help="validation shards")
+
+
+def run_what_is_missing(tasks, path, args, begun, retimed=(), expected=expected_seconds, **how):
+    """Run those tasks of which this GPU has no record; of the kinds `retimed` one of a shared GPU is none. How many
+    failed."""
+    gpu = gpu_name()
+    data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
+            for word in (f"--{name}", getattr(args, name))]
+    done = [r for r in read(path) if r["gpu"] == gpu and not (r["kind"] in retimed and r["sharing"])]
+    missing = [(run, seed) for run, seed in tasks if not any(run.is_of(r) and r["seed"] == seed for r in done)]
+    return run_all(missing, path, devices_of(args.parallel), begun + args.budget_s, data, expected, **how)
+
+
+def print_tables(path, tables):
+    """Of each GPU what tables(its records) gives."""
+    rows = read(path)
+    if not rows:
+        print("results.jsonl holds nothing: not measured yet")
+    for gpu, its in by_gpu(rows):
+        versions = ", ".join(dict.fromkeys(r["script_sha256"][:8] for r in its))
+        print("\n\n".join([f"{gpu}, torch {its[-1]['torch']}, script {versions}", *tables(its)]) + "\n")
+
+
+def pyplot():
+    """matplotlib's, for files; None, and a line that says so, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("error: --plot needs the package matplotlib; pip install matplotlib", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def devices_of(parallel):
     """The number of a GPU as CUDA_VISIBLE_DEVICES takes it for each of the runs at a time, `parallel` of them on each;
     for None one run on the first GPU, whatever it is."""

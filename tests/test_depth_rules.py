@@ -76,6 +76,7 @@ def test_what_a_run_is_expected_to_take():
     seconds = rules.expected_seconds(rules.scale(18), [])
     assert 90 < seconds < 90 + 365_559_808 * flops / 3.5e14
     assert rules.expected_seconds(rules.scale(18), [], 1) - 90 == pytest.approx(2 * (seconds - 90))
+    assert rules.expected_seconds(rules.scale(18), [], processes=2) - 90 == pytest.approx((seconds - 90) / 2)
     assert rules.expected_seconds(rules.card("nocap", rules.WHOLE), []) > 90
 
 
@@ -145,8 +146,8 @@ def test_what_is_kept_goes_on(bench, tmp_path):
 
 
 def test_what_is_timed_shares_no_gpu(bench, capsys):
-    for words in (["--parallel", "3"], ["--only", "card", "--parallel", "2"]):
-        assert rules.main(words) == 2 and "what is timed needs a GPU to itself" in capsys.readouterr().err
+    for words in (["--parallel", "3"], ["--only", "card", "--parallel", "2"], ["--processes", "2"]):
+        assert rules.main(words) == 2 and "minutes and card are timed" in capsys.readouterr().err
     assert rules.main(["--only", "scale", "--processes", "2", "--parallel"]) == 2
     assert not rules.RESULTS.exists()
     assert rules.measuring.torchrun(2)[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -16,7 +16,6 @@ speed. The last two only show.
 """
 import argparse
 import ast
-import math
 import re
 import statistics
 import sys
@@ -340,18 +339,13 @@ def tables(rows):
 
 def plot():
     """Write curve.png; the exit code."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("error: --plot needs the package matplotlib; pip install matplotlib", file=sys.stderr)
+    pyplot = measuring.pyplot()
+    if not pyplot:
         return 2
     found = [(name, r) for name in FULL for r in results() if full(name).is_of(r) and not r["sharing"]]
     if not found:
         print("error: results.jsonl holds no full run; --only d12 d12_fast measures them", file=sys.stderr)
         return 2
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for name, r in found:
         seconds, _, values = zip(*learning_curve(r))
@@ -368,44 +362,24 @@ def plot():
     return 0
 
 
-def print_tables():
-    found = results()
-    if not found:
-        print("results.jsonl holds nothing: not measured yet")
-    for gpu, rows in measuring.by_gpu(found):
-        versions = ", ".join(dict.fromkeys(r["script_sha256"][:8] for r in rows))
-        print("\n\n".join([f"{gpu}, torch {rows[-1]['torch']}, script {versions}", *tables(rows)]) + "\n")
-
-
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
-    parser.add_argument("--plot", action="store_true", help="write curve.png from its full runs and stop")
+    measuring.add_flags(parser, "full runs", "each rung and each full run", 3)
     names = [*SWEEPS, *FULL, *LADDER, *TRIED, "first", "speed"]
     parser.add_argument("--only", nargs="+", choices=names, help="these alone")
-    parser.add_argument("--seeds", type=int, default=3, help="of each rung and each full run [3]")
-    parser.add_argument("--budget_s", type=float, default=math.inf, help="begin no run that would end later than this")
-    parser.add_argument("--parallel", type=int, nargs="?", const=1, metavar="N", help="N runs on each GPU [1]")
-    parser.add_argument("--input_bin", help="training shards, as train_gpt2_mod.py takes them")
-    parser.add_argument("--input_val_bin", help="validation shards")
     return parser
 
 
 def main(argv=None):
     """The exit code: 1 if a run failed."""
-    end, args = time.monotonic(), make_parser().parse_args(argv)
+    begun, args = time.monotonic(), make_parser().parse_args(argv)
     if args.plot:
         return plot()
     failed = 0
     if not args.table:
-        gpu = measuring.gpu_name()
-        data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
-                for word in (f"--{name}", getattr(args, name))]
-        done = [r for r in results() if r["gpu"] == gpu and not (r["kind"] in ("full", "speed") and r["sharing"])]
-        tasks = [(run, seed) for run, seed in runs(args.only, args.seeds)
-                 if not any(run.is_of(r) and r["seed"] == seed for r in done)]
-        failed = measuring.run_all(tasks, RESULTS, measuring.devices_of(args.parallel), end + args.budget_s, data)
-    print_tables()
+        tasks = runs(args.only, args.seeds)
+        failed = measuring.run_what_is_missing(tasks, RESULTS, args, begun, retimed=("full", "speed"))
+    measuring.print_tables(RESULTS, tables)
     return 1 if failed else 0
 
 

@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -113,13 +114,13 @@ def runs(kinds, seeds):
     return [task for kind in kinds for task in every[kind]]
 
 
-def expected_seconds(run, rows, sharing=0):
+def expected_seconds(run, rows, sharing=0, processes=1):
     """What a run will take, by its minutes or its FLOPs."""
     typed = measuring.last_of(run.flags)
     if "minutes" in typed:
         return STARTING + 60 * float(typed["minutes"])
     depth = int(re.search(r"d(\d+)|nocap", run.name)[1] or 12)
-    return STARTING + run.tokens * size_of(depth)[1] * (1 + sharing) / FLOPS
+    return STARTING + run.tokens * size_of(depth)[1] * (1 + sharing) / (FLOPS * processes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,18 +195,13 @@ def tables(rows):
 
 def plot():
     """Write curve.png; the exit code."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("error: --plot needs the package matplotlib; pip install matplotlib", file=sys.stderr)
+    pyplot = measuring.pyplot()
+    if not pyplot:
         return 2
     points = [(flops, loss) for _, _, flops, loss in scaled(measuring.read(RESULTS))]
     if len(points) < 3:
         print("error: results.jsonl has fewer than three runs of scale; --only scale measures them", file=sys.stderr)
         return 2
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     a, b = power_law(points)
     figure, axes = pyplot.subplots(figsize=(8, 5))
     axes.plot(*zip(*points), marker="o", linestyle="", label="presets at their own lengths")
@@ -219,47 +215,32 @@ def plot():
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
-    parser.add_argument("--plot", action="store_true", help="write curve.png from its runs of scale and stop")
+    measuring.add_flags(parser, "runs of scale", "the rates", 2)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="these alone")
-    parser.add_argument("--seeds", type=int, default=2, help="of the rates [2]")
-    parser.add_argument("--budget_s", type=float, default=math.inf, help="begin no run that would end later than this")
-    parser.add_argument("--parallel", type=int, nargs="?", const=1, metavar="N", help="N runs on each GPU [1]")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="each run on N GPUs by torchrun [1]")
     parser.add_argument("--keep", metavar="DIR", help="keep the runs' folders there: what was stopped goes on")
-    parser.add_argument("--input_bin", help="training shards, as train_gpt2_mod.py takes them")
-    parser.add_argument("--input_val_bin", help="validation shards")
     return parser
 
 
 def main(argv=None):
     """The exit code: 1 if a run failed."""
-    end, args = time.monotonic(), make_parser().parse_args(argv)
+    begun, args = time.monotonic(), make_parser().parse_args(argv)
     if args.plot:
         return plot()
     failed = 0
     if not args.table:
-        gpu = measuring.gpu_name()
-        if {"minutes", "card"} & {*args.only} and (args.parallel or 1) > 1:
-            print(f"error: what is timed needs a GPU to itself, and --parallel {args.parallel} shares it; with --only "
-                  "name rates and scale alone", file=sys.stderr)
+        if {"minutes", "card"} & {*args.only} and max(args.parallel or 1, args.processes) > 1:
+            print("error: minutes and card are timed, each run on one GPU of its own; with --parallel N or --processes "
+                  "N name rates or scale with --only", file=sys.stderr)
             return 2
         if args.processes > 1 and args.parallel:
             print(f"error: --processes {args.processes} takes all GPUs for each run; drop --parallel", file=sys.stderr)
             return 2
-        data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
-                for word in (f"--{name}", getattr(args, name))]
-        done = [r for r in measuring.read(RESULTS) if r["gpu"] == gpu]
-        tasks = [(run, seed) for run, seed in runs(args.only, args.seeds)
-                 if not any(run.is_of(r) and r["seed"] == seed for r in done)]
-        failed = measuring.run_all(tasks, RESULTS, measuring.devices_of(args.parallel), end + args.budget_s, data,
-                                   expected_seconds, processes=args.processes, keep=args.keep)
-    rows = measuring.read(RESULTS)
-    if not rows:
-        print("results.jsonl holds nothing: not measured yet")
-    for gpu, its in measuring.by_gpu(rows):
-        versions = ", ".join(dict.fromkeys(r["script_sha256"][:8] for r in its))
-        print("\n\n".join([f"{gpu}, torch {its[-1]['torch']}, script {versions}", *tables(its)]) + "\n")
+        failed = measuring.run_what_is_missing(
+            runs(args.only, args.seeds), RESULTS, args, begun, processes=args.processes, keep=args.keep,
+            expected=partial(expected_seconds, processes=args.processes),
+        )
+    measuring.print_tables(RESULTS, tables)
     return 1 if failed else 0
 
 
