@@ -241,7 +241,7 @@ class GPTConfig:
         most=500,
     )
     x0_lambdas: bool = option(False, "begin each block with a x + b x0 of stream and embedding, a and b learned")
-    smear: str = option("none", "learned shares of the token before, for embedding, attention, mlp, or as embedding+mlp")
+    smear: str = option("none", "learned share of the token before, in embedding, attention, mlp, or as embedding+mlp")
     embd_norm: bool = option(False, "RMSNorm of the embedding, where the stream begins")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
     mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
@@ -532,7 +532,7 @@ SIZED = dict(  # Llama's parts (Touvron et al. 2023, arXiv:2302.13971, section 2
     vocab_size=32768, norm_weights=True, mlp="swiglu", mlp_expansion_factor=8 / 3, n_kv_head=4, scale_attention=False,
     init_std=0.02,
 )
-FAST = dict(  # what modded-nanogpt's records found (github.com/KellerJordan/modded-nanogpt), each a field of its own
+FAST = dict(  # but for the MLPs' smear found in the records of github.com/KellerJordan/modded-nanogpt; a field each
     qk_norm=True, softmax_scale=0.12, mlp="relu2", scale_attention=False, tie_embeddings=False, embd_norm=True,
     embd_init_std=1.0, zero_init=True, x0_lambdas=True, value_embeddings=3, logit_softcap=15.0, smear="embedding+mlp",
 )
