@@ -125,7 +125,7 @@ TRIED = {
     "warmdown_1": ("--warmdown_fraction 1", "first", "the warm-down from the first step"),
     "floor_0": ("--min_lr_fraction 0", "first", "the warm-down to 0"),
     "no_weight_decay": ("--weight_decay 0", "first", "no decay"),
-    "normuon": ("--muon_beta2 0.95", "first", "Muon's updates evened by neuron (NorMuon)"),
+    "muon_beta2": ("--muon_beta2 0.95", "first", "Muon's updates evened by neuron (NorMuon)"),
     "smear": ("--smear embedding", "first", "the embedding of the token before added, by a learned factor a channel"),
     "normuon_smear": ("--muon_beta2 0.95 --smear embedding", "first", "both"),
     "momentum_0.9": ("--muon_momentum 0.9", "first", "a shorter mean of Muon's gradients"),
