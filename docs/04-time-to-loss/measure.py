@@ -72,13 +72,12 @@ LADDER = {
     "adamw": (D12.format(**RATES[D12]), "`d12` with AdamW, at the best rate of its sweep"),
     "muon": ("--optimizer muon --muon_lr 0.02 --beta1 0.8 --adam_eps 1e-10 --grad_clip 0 --warmup_iters 0",
              "Muon for the blocks' matrices; AdamW, for the rest, with d12_fast's settings; no warm-up, no clipping"),
-    "untied": ("--no_tie_embeddings --learning_rate 0.004", "a head of its own, and a rate for it"),
+    "untied": ("--no_tie_embeddings --learning_rate 0.004 --embd_norm --embd_init_std 1 --embedding_lr 0.3",
+               "a head of its own; the embedding normalised, its numbers begin at a size of 1; a rate for each"),
     "qk_norm": ("--qk_norm --n_head 6", "queries and keys normalised, 6 heads of 128 for 12 of 64"),
-    "relu2": ("--mlp relu2", "ReLU squared for GELU"),
     "zero_init": ("--zero_init", "head and matrices into the stream begin at 0"),
     "no_attention_scale": ("--no_scale_attention", "attention added as it is, not by 1/sqrt(24)"),
-    "embd_norm": ("--embd_norm --embd_init_std 1 --embedding_lr 0.3",
-                  "the embedding normalised; its numbers begin at a size of 1, with a rate to match"),
+    "relu2": ("--mlp relu2", "ReLU squared for GELU"),
     "x0_lambdas": ("--x0_lambdas --scalar_lr 0.02", "each block begins with a x + b x0"),
     "value_embeddings": ("--value_embeddings 3", "three tables of embeddings in the values of six blocks"),
     "softcap": ("--logit_softcap 15", "logits bent to stay within 15"),
@@ -95,12 +94,11 @@ CODE = {  # rung -> what of the script is there for it: definitions, whole, and 
     "adamw": (),
     "muon": ("Muon", "momentum_step", "orthogonalized", "updated", "longer_sides", "Optimizers", "muon", "muon_lr",
              "muon_momentum", "embedding_lr", "head_lr"),
-    "untied": ("tie_embeddings", "untied"),
+    "untied": ("tie_embeddings", "untied", "embd_norm", "embd_init_std"),
     "qk_norm": ("qk_norm",),
-    "relu2": ("relu2",),
     "zero_init": ("zero_init", "into_stream"),
     "no_attention_scale": ("scale_attention",),
-    "embd_norm": ("embd_norm", "embd_init_std"),
+    "relu2": ("relu2",),
     "x0_lambdas": ("x0_lambdas", "x0", "Mix", "scalar_lr"),
     "value_embeddings": ("value_embeddings", "value_mix", "value_rows"),
     "softcap": ("logit_softcap", "softcap", "softcapped"),
@@ -116,7 +114,9 @@ CODE = {  # rung -> what of the script is there for it: definitions, whole, and 
 DROPPED = ()  # rungs that were measured and not kept: those after them are without
 BEYOND_PRESET = ("document_mask",)  # rungs that the preset d12_fast leaves to the user
 
-# what -> (what it adds to the preset's flags, what it is compared with, in words), at as many tokens
+UNTIED = "--no_tie_embeddings --learning_rate 0.004"
+# what -> (what it adds to the flags of the first that it goes back to, what it is compared with, in words), at as many
+# tokens. The first is d12_fast as it was at first, or a rung.
 TRIED = {
     "batch_131072": (TWICE, "first", "twice the batch, half the steps"),
     "batch_32768": (HALF, "first", "half the batch, twice the steps"),
@@ -150,6 +150,24 @@ TRIED = {
     "in_order_131072_floor_0": (f"{IN_ORDER} {TWICE} --min_lr_fraction 0", "in_order_131072", "the warm-down to 0"),
     "in_order_32768_slower": (f"{IN_ORDER} {HALF} --muon_lr 0.0125 --embedding_lr 0.075 --learning_rate 0.002",
                               "in_order", "half the batch, twice the steps, at half the rates"),
+    "untied_alone": (UNTIED, "muon", "a head of its own, the embedding as it was but for its rate"),
+    "untied_qk_norm": (f"{UNTIED} --qk_norm --n_head 6", "untied_alone", "`qk_norm` next"),
+    "untied_relu2": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2", "untied_qk_norm", "`relu2` next"),
+    "untied_zero_init": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init", "untied_relu2", "`zero_init` next"),
+    "untied_no_attention_scale": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init --no_scale_attention",
+                                  "untied_zero_init", "`no_attention_scale` next"),
+    "higher_rates": ("--muon_lr 0.025 --embedding_lr 0.45 --muon_momentum 0.9", "fp8_head",
+                     "higher rates for Muon and the embeddings, a shorter mean of Muon's gradients"),
+    "no_qk_norm": ("--no_qk_norm --softmax_scale 0", "fp8_head", "queries and keys as they are, and so their scale"),
+    "no_zero_init": ("--no_zero_init", "fp8_head", "all matrices begin as in `d12`"),
+    "scale_attention": ("--scale_attention", "fp8_head", "attention times 1/sqrt(24)"),
+    "no_relu2": ("--mlp gelu", "fp8_head", "GELU for ReLU squared"),
+    "no_x0_lambdas": ("--no_x0_lambdas", "fp8_head", "blocks begin with the stream as it is"),
+    "no_value_embeddings": ("--value_embeddings 0", "fp8_head", "no tables of values"),
+    "no_softcap": ("--logit_softcap 0", "fp8_head", "logits as they are"),
+    "no_softmax_scale": ("--softmax_scale 0", "fp8_head", "scores times 1/sqrt(128)"),
+    "no_cautious_weight_decay": ("--no_cautious_weight_decay", "fp8_head", "every weight decays"),
+    "no_momentum_warmup": ("--momentum_warmup_steps 0", "fp8_head", "Muon's momentum 0.95 from the first step"),
 }
 
 FULL = {
@@ -198,10 +216,14 @@ def full(name):
 
 
 def tried():
-    """{what: its Run}, d12_fast as it was at first before all, of the ladder's length."""
-    base = f"{FAST.format(**START[FAST])} {SHORT} {SHAPE} {FIRST}"
-    return {name: Run("tried", name, f"{base} {adds}".strip())
-            for name, adds in dict(first="", **{name: adds for name, (adds, _, _) in TRIED.items()}).items()}
+    """{what: its Run}, each of the ladder's length."""
+    found = {rung: run for rung, (_, run) in ladder().items()}
+    found["first"] = Run("tried", "first", f"{FAST.format(**START[FAST])} {SHORT} {SHAPE} {FIRST}")
+    for name, (adds, against, _) in TRIED.items():
+        while against in TRIED:
+            against = TRIED[against][1]
+        found[name] = Run("tried", name, f"{found[against].flags} {adds}")
+    return {name: run for name, run in found.items() if run.kind == "tried"}
 
 
 def runs(only, seeds):
@@ -290,7 +312,7 @@ def ladder_table(rows):
 
 
 def tried_table(rows):
-    variants = tried()
+    variants = {**{rung: run for rung, (_, run) in ladder().items()}, **tried()}
     begin = "`d12_fast` as it was at first, at the rates that the sweeps begin with"
     lines = [comparison("`first`", begin, rows, variants["first"], None)]
     lines += [comparison(f"`{name}`", f"to `{against}`: {words}", rows, variants[name], variants[against])
