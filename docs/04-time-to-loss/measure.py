@@ -88,6 +88,8 @@ LADDER = {
     "smear_embedding": ("--smear embedding", "to each embedding a learned share of the one before"),
     "smear_mlp": ("--smear embedding+mlp", "the same where the MLPs read the stream"),
     "fp8_head": ("--precision fp8_head", "two of the head's three products in float8: for speed"),
+    "higher_rates": ("--muon_lr 0.025 --embedding_lr 0.45 --muon_momentum 0.9",
+                     "higher rates for Muon and the embeddings, a shorter mean of Muon's gradients"),
     "document_mask": ("--document_mask", "no attention to other documents, in validation neither"),
 }
 CODE = {  # rung -> what of the script is there for it: definitions, whole, and words, each line with one of them
@@ -109,6 +111,7 @@ CODE = {  # rung -> what of the script is there for it: definitions, whole, and 
     "smear_embedding": ("Smear", "smear", "smears", "SMEARABLE", "follows"),
     "smear_mlp": ("smear_1", "smear_2"),
     "fp8_head": ("Float8HeadProducts", "memory8", "gradient8", "dlogits8"),
+    "higher_rates": (),
     "document_mask": ("document_mask", "documents", "block_mask"),
 }
 DROPPED = ()  # rungs that were measured and not kept: those after them are without
@@ -156,18 +159,18 @@ TRIED = {
     "untied_zero_init": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init", "untied_relu2", "`zero_init` next"),
     "untied_no_attention_scale": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init --no_scale_attention",
                                   "untied_zero_init", "`no_attention_scale` next"),
-    "higher_rates": ("--muon_lr 0.025 --embedding_lr 0.45 --muon_momentum 0.9", "fp8_head",
-                     "higher rates for Muon and the embeddings, a shorter mean of Muon's gradients"),
-    "no_qk_norm": ("--no_qk_norm --softmax_scale 0", "fp8_head", "queries and keys as they are, and so their scale"),
-    "no_zero_init": ("--no_zero_init", "fp8_head", "all matrices begin as in `d12`"),
-    "scale_attention": ("--scale_attention", "fp8_head", "attention times 1/sqrt(24)"),
+    "no_qk_norm": ("--no_qk_norm --softmax_scale 0", "higher_rates", "queries and keys as they are, and so their scale"),
+    "no_zero_init": ("--no_zero_init", "higher_rates", "all matrices begin as in `d12`"),
+    "scale_attention": ("--scale_attention", "higher_rates", "attention times 1/sqrt(24)"),
     "no_relu2": ("--mlp gelu", "fp8_head", "GELU for ReLU squared"),
-    "no_x0_lambdas": ("--no_x0_lambdas", "fp8_head", "blocks begin with the stream as it is"),
-    "no_value_embeddings": ("--value_embeddings 0", "fp8_head", "no tables of values"),
-    "no_softcap": ("--logit_softcap 0", "fp8_head", "logits as they are"),
-    "no_softmax_scale": ("--softmax_scale 0", "fp8_head", "scores times 1/sqrt(128)"),
-    "no_cautious_weight_decay": ("--no_cautious_weight_decay", "fp8_head", "every weight decays"),
-    "no_momentum_warmup": ("--momentum_warmup_steps 0", "fp8_head", "Muon's momentum 0.95 from the first step"),
+    "no_x0_lambdas": ("--no_x0_lambdas", "higher_rates", "blocks begin with the stream as it is"),
+    "no_value_embeddings": ("--value_embeddings 0", "higher_rates", "no tables of values"),
+    "no_softcap": ("--logit_softcap 0", "higher_rates", "logits as they are"),
+    "no_softmax_scale": ("--softmax_scale 0", "higher_rates", "scores times 1/sqrt(128)"),
+    "no_cautious_weight_decay": ("--no_cautious_weight_decay", "higher_rates", "every weight decays"),
+    "twice_the_heads_rate": ("--learning_rate 0.008", "higher_rates", "the head's rate twice"),
+    "twice_the_embeddings_rate": ("--embedding_lr 0.9", "higher_rates", "the embeddings' rate twice"),
+    "no_momentum_warmup": ("--momentum_warmup_steps 0", "higher_rates", "Muon's momentum 0.95 from the first step"),
 }
 
 FULL = {
