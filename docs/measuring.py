@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "train_gpt2_mod.py"
 MARGIN = 1.1  # on the seconds that a run is expected to take
@@ -244,7 +246,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        print("error: --plot needs the package matplotlib; pip install matplotlib", file=sys.stderr)
+        print("error: --plot needs the package matplotlib; pip install -r requirements-tools.txt", file=sys.stderr)
         return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -266,29 +268,45 @@ def devices_of(parallel):
 # Statistics
 
 
-def beta_share(x, a, b):
-    """The regularised incomplete beta function I_x(a, b): the integral of u^(a-1) (1-u)^(b-1) from 0 to x as a share of
-    that to 1, by its power series."""
-    if x > 0.5:  # where the series of the other side is short
-        return 1.0 - beta_share(1.0 - x, b, a)
-    term, total = 1.0, 1.0 / a
-    for n in range(1, 200):
-        term *= (n - b) / n * x
-        total += term / (a + n)
-    return x**a * total * math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+class Blocks:
+    """What losses {(run, seed): loss} say of the runs, by the model loss = the run's + the seed's + noise, fitted by
+    least squares: a seed is the same text and the same initial weights for all, a block of a randomised block design
+    (Fisher 1935), of which cells may be missing. One noise for all runs: what two of them differ by is judged by what
+    all scatter."""
+
+    def __init__(self, losses):
+        self.runs, seeds = (list(dict.fromkeys(column)) for column in zip(*losses))
+        rows = [[own == run for own in self.runs] + [own == seed for own in seeds[1:]] for run, seed in losses]
+        design, values = np.array(rows, float), np.array(list(losses.values()))
+        self.square = design.T @ design
+        self.inverse = np.linalg.pinv(self.square, hermitian=True)
+        self.effects = self.inverse @ design.T @ values
+        self.freedom = len(values) - np.linalg.matrix_rank(design)
+        self.scatter = math.sqrt(((values - design @ self.effects) ** 2).sum() / self.freedom) if self.freedom else None
+
+    def apart(self, run, other):
+        """(By how much the run's loss is above the other's, the seeds' part taken out; the two-sided p of no
+        difference, by Student's t, None where nothing says what the noise is). None where no chain of seeds joins
+        them."""
+        contrast = np.array([(own == run) - (own == other) for own in self.runs] +
+                            [0] * (len(self.effects) - len(self.runs)), float)
+        if {run, other} - {*self.runs} or not np.allclose(contrast @ self.inverse @ self.square, contrast):
+            return None
+        difference = float(contrast @ self.effects)
+        if not self.freedom:
+            return difference, None
+        error = self.scatter * math.sqrt(contrast @ self.inverse @ contrast)
+        far = abs(difference) / error if error else math.inf if difference else 0.0
+        return difference, float(2 * student().sf(far, self.freedom))
 
 
-def welch(a, b):
-    """The two-sided p of Welch's t-test (1947, Biometrika 34) that two lists of numbers have one mean; None for fewer
-    than two numbers in either."""
-    if min(len(a), len(b)) < 2:
-        return None
-    apart = statistics.fmean(a) - statistics.fmean(b)
-    shares = [statistics.variance(z) / len(z) for z in (a, b)]
-    if sum(shares) == 0:
-        return float(apart == 0)
-    freedom = sum(shares) ** 2 / sum(s**2 / (len(z) - 1) for s, z in zip(shares, (a, b)))
-    return beta_share(freedom / (freedom + apart**2 / sum(shares)), freedom / 2, 0.5)
+def student():
+    """scipy's t distribution; without scipy the program ends here."""
+    try:
+        from scipy.stats import t
+    except ImportError:
+        sys.exit("error: the tables need the package scipy; pip install -r requirements-tools.txt")
+    return t
 
 
 def learning_curve(row):

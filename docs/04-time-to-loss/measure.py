@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, CURVE = HERE / "results.jsonl", HERE / "curve.png"
 sys.path.insert(0, str(HERE.parent))
 import measuring  # noqa: E402
-from measuring import Run, last_of, learning_curve, losses, mean, reached, table, welch  # noqa: E402
+from measuring import Run, last_of, learning_curve, losses, mean, reached, table  # noqa: E402
 
 SHAPE = ("--batch_size 64 --sequence_length 1024 --total_batch_size 65536 --shuffle --warmdown_fraction 0.6 "
          "--min_lr_fraction 0.1 --no_save_checkpoints")
@@ -115,7 +115,7 @@ CODE = {  # rung -> what of the script is there for it: definitions, whole, and 
     "document_mask": ("document_mask", "documents", "block_mask"),
 }
 DROPPED = ()  # rungs that were measured and not kept: those after them are without
-BEYOND_PRESET = ("document_mask",)  # rungs that the preset d12_fast leaves to the user
+BEYOND_PRESET = ("higher_rates", "document_mask")  # rungs that the preset d12_fast does not have
 
 UNTIED = "--no_tie_embeddings --learning_rate 0.004"
 # what -> (what it adds to the flags of the first that it goes back to, what it is compared with, in words), at as many
@@ -156,10 +156,11 @@ TRIED = {
     "untied_alone": (UNTIED, "muon", "a head of its own, the embedding as it was but for its rate"),
     "untied_qk_norm": (f"{UNTIED} --qk_norm --n_head 6", "untied_alone", "`qk_norm` next"),
     "untied_relu2": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2", "untied_qk_norm", "`relu2` next"),
-    "untied_zero_init": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init", "untied_relu2", "`zero_init` next"),
+    "untied_zero_init": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init", "untied_relu2",
+                         "`zero_init` next"),
     "untied_no_attention_scale": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init --no_scale_attention",
                                   "untied_zero_init", "`no_attention_scale` next"),
-    "no_qk_norm": ("--no_qk_norm --softmax_scale 0", "higher_rates", "queries and keys as they are, and so their scale"),
+    "no_qk_norm": ("--no_qk_norm --softmax_scale 0", "higher_rates", "queries and keys, and their scale, as they are"),
     "no_zero_init": ("--no_zero_init", "higher_rates", "all matrices begin as in `d12`"),
     "scale_attention": ("--scale_attention", "higher_rates", "attention times 1/sqrt(24)"),
     "no_relu2": ("--mlp gelu", "fp8_head", "GELU for ReLU squared"),
@@ -267,17 +268,28 @@ def in_thousands(speed):
     return "-" if speed is None else f"{speed:,.0f}"
 
 
-def comparison(label, words, rows, run, other):
-    """A line of a table, [] where the run is not measured: its losses beside those of the other (None: of none). Speed
-    is that of the runs which had a GPU to themselves."""
-    mine, values = [r for r in rows if run.is_of(r)], list(losses(rows, run).values())
-    others = list(losses(rows, other).values()) if other else []
-    apart, p = (mean(values) - mean(others) if mine and others else None), welch(values, others)
+def variants():
+    """{rung, or what was tried: its Run}"""
+    return {**{rung: run for rung, (_, run) in ladder().items()}, **tried()}
+
+
+def judge(rows):
+    """What says by how much two of the variants are apart."""
+    found = {(name, seed): loss for name, run in variants().items() for seed, loss in losses(rows, run).items()}
+    return measuring.Blocks(found) if found else None
+
+
+def comparison(label, words, rows, name, other, judged):
+    """A line of a table, [] where the variant is not measured: its losses beside those of the other (None: of none).
+    Speed is that of the runs which had a GPU to themselves."""
+    runs = variants()
+    mine, values = [r for r in rows if runs[name].is_of(r)], list(losses(rows, runs[name]).values())
+    apart, p = (judged.apart(name, other) if mine and other else None) or (None, None)
     return mine and [
         label, words, str(len(values)), in_thousands(alone(mine)),
         f"{max(r['peak_mem_MB'] for r in mine):,}", f"{mean(values):.4f}",
         f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-", "-" if apart is None else f"{apart:+.4f}",
-        "-" if p is None else f"{p:.3g}", verdict(apart, p),
+        "-" if p is None else f"{p:.1g}", verdict(apart, p),
     ]
 
 
@@ -300,10 +312,10 @@ def seconds_to(target, rows, speed):
 
 
 def ladder_table(rows):
-    rungs, timed, lines = ladder(), speeds(), []
+    rungs, timed, judged, lines = ladder(), speeds(), judge(rows), []
     for rung, (before, run) in rungs.items():
         label = f"`{rung}`" + " (dropped)" * (rung in DROPPED)
-        line = comparison(label, LADDER[rung][1], rows, run, before and rungs[before][1])
+        line = comparison(label, LADDER[rung][1], rows, rung, before, judged)
         if line:
             speed = alone([r for r in rows if timed[rung].is_of(r)])
             seconds = seconds_to(4.01, [r for r in rows if run.is_of(r)], speed)
@@ -315,10 +327,10 @@ def ladder_table(rows):
 
 
 def tried_table(rows):
-    variants = {**{rung: run for rung, (_, run) in ladder().items()}, **tried()}
     begin = "`d12_fast` as it was at first, at the rates that the sweeps begin with"
-    lines = [comparison("`first`", begin, rows, variants["first"], None)]
-    lines += [comparison(f"`{name}`", f"to `{against}`: {words}", rows, variants[name], variants[against])
+    judged = judge(rows)
+    lines = [comparison("`first`", begin, rows, "first", None, judged)]
+    lines += [comparison(f"`{name}`", f"to `{against}`: {words}", rows, name, against, judged)
               for name, (_, against, words) in TRIED.items()]
     return any(lines[1:]) and table(["tried", *COMPARED, "to that", "p", ""], [line for line in lines if line])
 
