@@ -274,7 +274,7 @@ class GPTConfig:
     )
 
     def __post_init__(self):
-        self.settle("smear", self.smear or "none")  # False in checkpoints of versions in which it was a switch
+        self.settle("smear", "none" if self.smear is False else self.smear)  # a switch in older checkpoints
         check_fields(self)
         for name in ("vocab_size", "n_layer", "n_head", "n_embd", "mtp_max_steps", "kv_rank", "n_positions"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
@@ -446,6 +446,7 @@ class TrainConfig:
     deterministic: bool = option(False, "only kernels that give the same bits each time: slower, for a bitwise resume "
                                  "on a GPU or compiled")
     log_every: int = option(10, "steps between lines on the console (the log file and metrics.jsonl have every step)")
+    log_stats: int = option(0, "every so many steps log each layer's norms, update ratio and activation RMS; 0: never")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     compile: bool = option(None, "torch.compile the model (unset: on CUDA)", aliases=("use_compile",))
     compile_mode: str = option(
@@ -459,6 +460,9 @@ class TrainConfig:
     empty_cache_every: int = option(0, "steps between returns of unused memory to the GPU (CUDA, MPS); 0: never")
     log_wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = option("train_gpt2_mod", "project for --log_wandb")
+    wandb_name: str = option("", "the run's name there; \"\": its id")
+    wandb_group: str = option("", "its group there; \"\": the runs that differ in seed alone share one")
+    wandb_checkpoint: bool = option(False, "hand the last checkpoint over as an artifact")
 
     def __post_init__(self):
         check_fields(self)
@@ -483,8 +487,12 @@ class TrainConfig:
                 "drop --no_save_checkpoints")
         require(self.input_val_bin or not self.target_val_loss, f"target_val_loss={self.target_val_loss} needs a "
                 "validation; name its shards with --input_val_bin")
-        project_counts = self.log_wandb or self.wandb_project == TrainConfig.wandb_project
-        require(project_counts, f"wandb_project={self.wandb_project} would be ignored; add --log_wandb")
+        for name in ("wandb_project", "wandb_name", "wandb_group", "wandb_checkpoint"):
+            value = getattr(self, name)
+            require(self.log_wandb or value == getattr(TrainConfig, name), f"{name}={value} would be ignored; add "
+                    "--log_wandb")
+        require(self.save_checkpoints or not self.wandb_checkpoint, "wandb_checkpoint has nothing to hand over; drop "
+                "--no_save_checkpoints")
         for name in ("beta1", "beta2", "muon_momentum", "muon_beta2"):
             require(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1; 0.9 and 0.95 are usual")
         require(self.adam_eps > 0, "adam_eps=0.0 must be above 0: a token that was never seen has no gradient; 1e-8 is "
@@ -1193,8 +1201,9 @@ class NullLog:
     def ending(self, reason):
         """Why the run ends, for the log file: the console has it from main()."""
 
-    def summary(self, details):
-        """What there is to say of a whole run, as a dict for W&B (the log has it in words)."""
+    def summary(self, details, checkpoint):
+        """What there is to say of a whole run, as a dict for W&B (the log has it in words); whether it gets the last
+        checkpoint too."""
 
     def close(self):
         """Flush and release."""
@@ -1282,8 +1291,12 @@ class RunLog(NullLog):
             self.wandb_run = None
             self.text(f"W&B failed ({first_line(e)}): training goes on without, metrics.jsonl has all")
 
-    def summary(self, details):
+    def summary(self, details, checkpoint):
         self.tell_wandb("log", details)
+        path = newest_checkpoint(self.folder) if checkpoint else None
+        if path:
+            names = dict(name=self.folder.name, type="model", aliases=["latest", path.stem])
+            self.tell_wandb("log_artifact", str(path), **names)
 
     def close(self):
         ending = threading.Thread(target=self.tell_wandb, args=("finish",), daemon=True)
@@ -1415,7 +1428,11 @@ def import_wandb():
 def start_wandb(wandb, run, run_id, settings, folder):
     """(W&B's run, a note or None). Where W&B cannot be reached its records stay on the disk."""
     flat, note = {**settings["network"], **settings["run"]}, None
-    common = dict(project=run.wandb_project, name=run_id, id=run_id, resume="allow", config=flat, dir=folder)
+    own = ("seed", "output_dir", "wandb_name", "wandb_group")
+    alike = json.dumps({name: value for name, value in flat.items() if name not in own}, sort_keys=True)
+    group = run.wandb_group or f"{run.model}-{hashlib.sha256(alike.encode()).hexdigest()[:8]}"
+    common = dict(project=run.wandb_project, name=run.wandb_name or run_id, group=group, id=run_id, resume="allow",
+                  config=flat, dir=folder)
     try:
         try:
             started = wandb.init(**common, settings=wandb.Settings(init_timeout=WANDB_PATIENCE))
@@ -3180,11 +3197,11 @@ class Meter:
     def resume(self):
         self.mark = time.perf_counter()
 
-    def submit(self, numbers, grad_norm, row, cursor):
+    def submit(self, numbers, grad_norm, statistics, row, cursor):
         """The step that was just queued: its loss and the requests, the same on all processes, as a tensor; the norm of
-        its gradient; its plan; the data cursor before it."""
-        read = self.world.read_later(torch.cat([numbers, grad_norm[None]]))
-        previous, self.pending = self.pending, (self.state.step, self.state.tokens, read, row, cursor)
+        its gradient; its layer_statistics(); its plan; the data cursor before it."""
+        read = self.world.read_later(torch.cat([numbers, torch.stack([grad_norm, *statistics.values()])]))
+        previous, self.pending = self.pending, (self.state.step, self.state.tokens, read, list(statistics), row, cursor)
         if previous:
             self.report(*previous)
         if self.world.device.type != "cuda":  # the host has waited already
@@ -3226,8 +3243,9 @@ class Meter:
         skipped = min(len(self.first), self.count // 2)
         return (self.total - sum(self.first[:skipped])) / (self.count - skipped)
 
-    def report(self, step, tokens, read, row, cursor):
-        loss, *asked, grad_norm = read()
+    def report(self, step, tokens, read, names, row, cursor):
+        loss, *figures = read()
+        asked, (grad_norm, *figures) = figures[: len(self.REQUESTS)], figures[len(self.REQUESTS):]
         self.requests.update(name for name, count in zip(self.REQUESTS, asked) if count)
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
@@ -3251,6 +3269,7 @@ class Meter:
             step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
             seconds_left=max(0.0, whole - step * self.step_average),
         )
+        record.update((name, value if math.isfinite(value) else None) for name, value in zip(names, figures))
         if skipped:
             record.update(train_loss=None, skipped=True)
         self.log.record(record, self.run.num_iterations)
@@ -3288,10 +3307,60 @@ def due(step, every, last):
     return step == last or (every > 0 and step % every == 0)
 
 
+def layers_of(model):
+    """{layer: its parameters}: h.3 is block 3, wte the embedding, the head's too if they are tied."""
+    layers = {}
+    for name, p in model.named_parameters():
+        first, *rest = name.removeprefix("transformer.").split(".")
+        layer = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+        layers.setdefault(layer, []).append(p)
+    return layers
+
+
+@torch.no_grad()
+def activation_rms(model, idx, numerics):
+    """{layer: the root mean square of the stream that the block gives}, tensors, for sequences idx (B, T), without
+    dropout. The model is not compiled here, so that nothing is compiled again for this."""
+    found, training = {}, model.training
+    hooks = [block.register_forward_hook(lambda *args, layer=layer: found.update({
+        f"h.{layer}": args[-1].float().square().mean().sqrt()})) for layer, block in enumerate(model.transformer.h)]
+    try:
+        with numerics.autocast():
+            GPT.trunk(model.eval(), idx)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextlib.contextmanager
+def layer_statistics(state, idx, wanted):
+    """What the update inside does to each layer, for --log_stats: {figure/layer: tensor}, filled when it is done. The
+    norm of its gradient before clipping, that of its weights and of their change as a share of it, and the RMS of the
+    stream behind it for the sequences idx (B, T). They change nothing that is trained, and the host waits for none."""
+    found, norm = {}, nn.utils.get_total_norm
+    if not wanted:
+        yield found
+        return
+    found |= {f"activation_rms/{layer}": rms for layer, rms in activation_rms(state.model, idx, state.numerics).items()}
+    layers, before = layers_of(state.model), {}
+    for layer, weights in layers.items():
+        gradients = [p.grad for p in weights if p.grad is not None]
+        if gradients:
+            found[f"grad_norm/{layer}"] = norm(gradients) / state.numerics.scaler.get_scale()
+        found[f"weight_norm/{layer}"] = norm([p.detach() for p in weights])
+        before[layer] = [p.detach().clone() for p in weights]
+    yield found
+    for layer, weights in layers.items():
+        change = norm([p.detach() - old for p, old in zip(weights, before[layer])])
+        found[f"update_ratio/{layer}"] = change / found[f"weight_norm/{layer}"]
+
+
 def train_step(model, state, row, run, world, asked):
-    """One optimizer step: forward and backward of this process's micro-batches, then the update. Gives two tensors: the
-    mean loss of the micro-batches and the share of the processes that asked for each of Meter.REQUESTS, and the norm
-    of the gradient."""
+    """One optimizer step: forward and backward of this process's micro-batches, then the update. Gives tensors: the
+    mean loss of the micro-batches and the share of the processes that asked for each of Meter.REQUESTS; the norm of the
+    gradient; layer_statistics()."""
     apply_plan(row, state.model, state.optimizer)
     micro_steps = run.grad_accumulation_steps // world.size
     loss = 0.0
@@ -3304,7 +3373,10 @@ def train_step(model, state, row, run, world, asked):
         loss = loss + micro_loss.detach() / micro_steps
     asked = [torch.full_like(loss, float(request)) for request in asked]  # written on the device: nobody waits
     numbers = world.mean(torch.stack([loss, *asked]))
-    return numbers, state.numerics.step(state.optimizer, list(state.model.parameters()), run.grad_clip, numbers[0])
+    wanted = run.log_stats and due(state.step + 1, run.log_stats, run.num_iterations)
+    with layer_statistics(state, x[:1], wanted) as statistics:
+        grad_norm = state.numerics.step(state.optimizer, list(state.model.parameters()), run.grad_clip, numbers[0])
+    return numbers, grad_norm, statistics
 
 
 def fit_to_minutes(state, run, meter, saver, world, log):
@@ -3355,9 +3427,9 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
                 break
             row, cursor = plan(state.step, config, run), state.loader.state_dict()
             asked = signals.asked is not None, world.is_main and saver.due(), state.loader.error is not None
-            numbers, grad_norm = train_step(model, state, row, run, world, asked)
+            figures = train_step(model, state, row, run, world, asked)
             state.step, state.tokens = state.step + 1, state.tokens + run.tokens_per_step
-            meter.submit(numbers, grad_norm, row, cursor)
+            meter.submit(*figures, row, cursor)
             if run.unfitted and state.step - begun in FITTED_AT:
                 run = fit_to_minutes(state, run, meter, saver, world, log)
             next_step()
@@ -3488,7 +3560,7 @@ def report_end(state, config, run, world, log):
     log.text(f"training took {state.seconds:.1f} s for {state.step:,} steps, {state.tokens:,} tokens")
     log.text(f"Peak memory consumption: {peak} MiB with precision={config.precision}")
     log.text("mem_details: " + json.dumps(details))
-    log.summary(dict(details, precision=config.precision))
+    log.summary(dict(details, precision=config.precision), run.wandb_checkpoint)
 
 
 def kept_by_block(config):

@@ -233,7 +233,7 @@ def test_accumulated_micro_batches_are_one_big_batch(float64, micro_steps):
         run = small_run(batch_size=8 // steps, grad_accumulation_steps=steps, grad_clip=0.1)
         state = state_of(model, run, "fp32", given)
         results.append(script.train_step(model, state, row, run, FakeWorld(), (False, True, False)))
-    (numbers, norm), (big_numbers, big_norm) = results
+    (numbers, norm, _), (big_numbers, big_norm, _) = results
     torch.testing.assert_close(numbers, big_numbers, rtol=0, atol=1e-12)
     torch.testing.assert_close(norm, big_norm, rtol=0, atol=1e-12)
     assert norm > 0.1 and not numbers.requires_grad and numbers.tolist()[1:] == [0, 1, 0]
@@ -375,7 +375,7 @@ def submit(meter, loss=2.0, norm=0.5, asked=NOBODY, cursor=None):
     """Count a step and give the meter its numbers."""
     state = meter.state
     state.step, state.tokens = state.step + 1, state.tokens + meter.run.tokens_per_step
-    meter.submit(torch.tensor([loss, *map(float, asked)]), torch.tensor(norm), script.Plan(1e-3, 0.0), cursor)
+    meter.submit(torch.tensor([loss, *map(float, asked)]), torch.tensor(norm), {}, script.Plan(1e-3, 0.0), cursor)
 
 
 def test_the_average_step_leaves_the_first_ones_out(monkeypatch):

@@ -1,4 +1,6 @@
 """Weights & Biases without its network: the file that an offline run leaves is read back."""
+import base64
+import hashlib
 import json
 import struct
 import sys
@@ -77,6 +79,62 @@ def test_what_a_run_logs(trainer):
     assert config["n_embd"] == 32 and config["mtp_enabled"] is True and config["num_iterations"] == 6
     exits = [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"]
     assert exits == [0]
+
+
+def run_record(folder):
+    """What the first of a folder's runs says of itself."""
+    path = min(folder.rglob("*.wandb"))
+    return next(record.run for record in read_wandb(path) if record.WhichOneof("record_type") == "run")
+
+
+def test_seeds_share_a_group_and_nothing_else_does(trainer):
+    runs = [run_record(trainer.run("--log_wandb", *flags).folder) for flags in (
+        ("--seed", 1), ("--seed", 2, "--wandb_name", "second"), ("--seed", 1, "--learning_rate", 1e-3),
+        ("--wandb_group", "mine"))]
+    first, second, other, named = [run.run_group for run in runs]
+    assert first == second != other and first.startswith("tiny-") and named == "mine"
+    assert runs[1].display_name == "second" and runs[0].display_name == runs[0].run_id != runs[1].run_id
+
+
+def test_the_last_checkpoint_is_handed_over_on_request(trainer):
+    folder = trainer.run("--log_wandb", "--wandb_checkpoint").folder
+    path, = folder.rglob("*.wandb")
+    artifact, = [record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else
+                 record.artifact for record in read_wandb(path) if record.WhichOneof("record_type") == "artifact" or
+                 (record.WhichOneof("record_type") == "request" and record.request.HasField("log_artifact"))]
+    assert (artifact.name, artifact.type, {*artifact.aliases}) == (folder.name, "model", {"latest", "step000006"})
+    entry, = artifact.manifest.contents
+    assert entry.path == "step000006.pt" and entry.size == (folder / "step000006.pt").stat().st_size
+    assert entry.digest == base64.b64encode(hashlib.md5((folder / "step000006.pt").read_bytes()).digest()).decode()
+    plain = trainer.run("--log_wandb").folder
+    assert not [record for record in read_wandb(min(plain.rglob("*.wandb")))
+                if record.WhichOneof("record_type") == "artifact"]
+
+
+def test_a_resumed_run_goes_on_in_the_same(trainer):
+    first = trainer.run("--log_wandb", "--num_iterations", 6, "--save_every", 3)
+    (first.folder / "step000006.pt").unlink()
+    again = trainer.main(*trainer.flags("--log_wandb", "--resume", first.folder / "step000003.pt"))
+    assert again.code == 0 and again.folder is None
+    before, after = sorted(first.folder.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
+    one, other = (next(r.run for r in read_wandb(path) if r.WhichOneof("record_type") == "run")
+                  for path in (before, after))
+    assert one.run_id == other.run_id == first.folder.name and one.run_group == other.run_group
+    rows = history(read_wandb(after))  # the validation of the step that was saved, and the steps that were done again
+    assert [*rows] == [192, 256, 320, 384] and "val_loss" in rows[192] and "train_loss" not in rows[192]
+    assert rows[384]["train_loss"] == history(read_wandb(before))[384]["train_loss"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (("--wandb_name", "a"), "wandb_name=a would be ignored; add --log_wandb"),
+    (("--wandb_group", "a"), "wandb_group=a would be ignored; add --log_wandb"),
+    (("--wandb_checkpoint",), "wandb_checkpoint=True would be ignored; add --log_wandb"),
+    (("--log_wandb", "--wandb_checkpoint", "--no_save_checkpoints"),
+     "wandb_checkpoint has nothing to hand over; drop --no_save_checkpoints"),
+])
+def test_what_would_be_ignored_is_refused(trainer, flags, said):
+    result = trainer.main(*trainer.flags(*flags))
+    assert (result.code, result.err) == (2, f"error: {said}\n")
 
 
 def test_nothing_without_the_flag(trainer):
