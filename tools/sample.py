@@ -263,8 +263,8 @@ def main(argv=None):
             value = getattr(args, name)
             require(least <= value < 2**63, f"{name}={value} must be at least {least} and below 2^63")
         print_samples(args)
-    except ValueError as e:  # ConfigError and the data scripts' DataError
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError; who reads may have gone away
+        print(f"error: {script.first_line(e)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
