@@ -4,6 +4,7 @@ The copy's .venv is a stub that leads to the Python of the tests, so that nothin
 """
 import dataclasses
 import hashlib
+import json
 import re
 import shlex
 import shutil
@@ -251,6 +252,46 @@ def try_bench(copy, words, server):
     assert "tokens/s" in result.stdout and "ratio to 1" in result.stdout
 
 
+def two_runs(copy):
+    """logs/A and logs/B."""
+    write_data(copy / "data/some")
+    for name, seed in (("A", "1"), ("B", "2")):
+        flags = [*SMALL, *data_flags(copy / "data/some"), "--output_dir", str(copy / "made"), "--seed", seed]
+        assert script.main(flags) == 0
+        made, = runs_in(copy / "made")
+        (copy / "logs").mkdir(exist_ok=True)
+        made.rename(copy / "logs" / name)
+
+
+def try_compare(copy, words, server):
+    if "--base" not in words:
+        two_runs(copy)
+        found = run_words(copy, words).stdout
+        assert "final validation loss" in found and re.search(r"differs in.*\n.*\n\| seed ", found)
+        return
+    make_shards(copy, words)
+    result = run_words(copy, [*words, *shrunk(1), "--n_head", "8", "--n_embd", "64"])  # of which gqa's presets share 4
+    assert re.search(r"variant - base = .* \(paired t, 3 seeds\): ", result.stdout)
+
+
+def try_report(copy, words, server):
+    two_runs(copy)
+    run_words(copy, words)
+    page = (copy / words[words.index("--output") + 1]).read_text()
+    assert page.startswith("<!DOCTYPE html>") and page.count("<svg") > 4
+
+
+def try_evaluate(copy, words, server):
+    two_runs(copy)
+    (copy / words[words.index("--data") + 1]).write_text("Some words, and others. " * 20)
+    assert json.loads(run_words(copy, words).stdout).keys() >= {"loss", "perplexity", "bits_per_byte"}
+
+
+def try_more_requirements(copy, words, server):
+    lines = (copy / words[words.index("-r") + 1]).read_text().split("\n")
+    assert lines[0] == "-r requirements.txt" and any(line.startswith("scipy") for line in lines)
+
+
 def try_mlp3x(copy, words, server):
     assert re.search(r"124,880,704", run_words(copy, words).stdout)
 
@@ -270,6 +311,10 @@ KINDS = (
     (r"python tools/sample\.py( |$)", try_sample),
     (r"python tools/doctor\.py( |$)", try_doctor),
     (r"python tools/bench\.py ", try_bench),
+    (r"python tools/compare\.py ", try_compare),
+    (r"python tools/report\.py ", try_report),
+    (r"python tools/evaluate\.py ", try_evaluate),
+    (r"pip install -r requirements-\w+\.txt$", try_more_requirements),
     (r"python docs/02-mlp-3x-optimization/test_mlp3x\.py$", try_mlp3x),
 )
 

@@ -150,7 +150,8 @@ class Run:
         began = time.perf_counter()
         for _ in range(steps):
             row = self.script.plan(min(state.step, run.num_iterations - 1), self.config, run)  # the end is no end here
-            self.numbers, norm = self.script.train_step(self.model, state, row, run, self.world, (False, False, False))
+            figures = self.script.train_step(self.model, state, row, run, self.world, (False, False, False))
+            self.numbers, norm = figures[:2]
             self.infinite = self.infinite + (~norm.isfinite()).int()  # counted where they are: nobody waits
             state.step += 1
             if run.empty_cache_every and state.step % run.empty_cache_every == 0:
