@@ -243,6 +243,34 @@ def test_folders_are_compared_and_what_differs_is_said(tmp_path, capsys):
     assert image.imread(tmp_path / "out" / "compare.png")[..., :3].std() > 0.01  # it is drawn on
 
 
+def test_a_damaged_record_is_passed_over(tmp_path):
+    a = write_run(tmp_path / "a", [100] * 4, [4.0, 3.0])
+    whole = compare.read_run(a)
+    wrong = dict(step=5, tokens=1, time=1.0, train_loss=1.0, step_ms=1, step_avg_ms=None, peak_mem_MB=1,
+                 tokens_per_second="fast")
+    with open(a / "metrics.jsonl", "a") as file:
+        file.write("5\nnull\n[1, 2]\n" + "[" * 100_000 + '\n{"step": 6, "val_loss": null, "tokens": 1, "time": 1}\n'
+                   f'{{"step": 6, "val_loss": NaN, "tokens": 1, "time": 1}}\n{json.dumps(wrong)}\n')
+    assert compare.read_run(a) == whole
+
+
+def test_the_log_is_the_one_of_the_folders_name(tmp_path, capsys):
+    """One beside it says nothing; without any nothing is known of machine and script, and so nothing is said to differ."""
+    a, b = (write_run(tmp_path / name, [100] * 4, [4.0, 3.0]) for name in "ab")
+    (a / "0.log").write_text("n\n")
+    assert compare.read_run(a).ending == "finished"
+    (b / "b.log").unlink()
+    code, out, err = tell(capsys, a, b)
+    assert code == 0 and f"{b}: without a log" in out and "not all runs" not in out
+
+
+def test_the_newest_run_is_one_that_has_trained(tmp_path):
+    a = write_run(tmp_path / "logs" / "2026", [100] * 4, [4.0, 3.0])
+    (tmp_path / "logs" / "2027").mkdir()
+    (tmp_path / "logs" / "2027" / "metrics.jsonl").touch()
+    assert compare.newest_run(tmp_path / "logs") == a
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pairs
 
@@ -418,10 +446,11 @@ PAIR = ["--base", "", "--variant", "--qk_norm"]
     (["--base", "--model d12"], "type --base and --variant"), (["x", "y", *PAIR], "not both"),
     (["x", "y", "--", "--model", "d12"], "not both"), ([*PAIR, "--seeds", "0"], "at least 1"),
     ([*PAIR, "--seeds", "x"], "--seeds"), ([*PAIR, "--processes", "0"], "at least 1"),
+    (["--base", "", "--variant"], "--variant needs a value"), (["x", "y", "--seeds", "5"], "seeds=5 would be ignored"),
     ([*PAIR, "--confidence", "95"], "confidence=95.0 must be between 0 and 1"),
     ([*PAIR, "--target", "-1"], "target=-1.0"), ([*PAIR, "--target", "nan"], "target=nan"),
     ([*PAIR, "--shuffle"], "--shuffle is no flag of compare.py; those of both runs stand after --"),
-    (["--base", "", "--variant", "--mlp 'relu2"], "close the quotes"), ([*PAIR, "--base"], "same configuration"),
+    (["--base", "", "--variant", "--mlp 'relu2"], "close the quotes"), ([*PAIR, "--base", ""], "same configuration"),
 ])
 def test_a_wrong_command_line_is_one_line(words, part, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -436,6 +465,7 @@ def test_a_wrong_command_line_is_one_line(words, part, capsys, tmp_path, monkeyp
     ("--mlpp relu2", [], "variant: --mlpp is not a flag; did you mean --mlp?"),
     ("--mlp relu3", [], "variant: mlp=relu3"),
     ("--model tinny", [], "variant: model=tinny"), ("--n_head 3", [], "variant: n_embd=32"),
+    ("--qk_norm", ["--help"], "base: --help of the script is"),
     ("--seed 3", [], "variant: --seed cannot be typed"), ("", ["--output_dir", "x"], "base: --output_dir cannot"),
     ("--qk_norm", ["--resume", "auto"], "base: --resume cannot"), ("", [], "the same configuration"),
     ("--model mini --n_layer 2 --n_head 2 --n_embd 32", [], "the same configuration"),
@@ -450,6 +480,26 @@ def test_wrong_flags_are_found_before_anything_runs(pairs, variant, both, part):
     code, out, err = pairs.tell("--base", "", "--variant", variant, both=both)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and part in err, err
     assert not pairs.launched and not pairs.output.exists()
+
+
+def test_other_shards_under_the_same_names_are_other_runs(pairs, capsys):
+    words = ["--base", "", "--variant", "--qk_norm", "--seeds", 1]
+    assert pairs.tell(*words)[0] == 0 and len(pairs.launched) == 2
+    path = pairs.data / "val_000.bin"
+    data = path.read_bytes()
+    path.write_bytes(data[:1024] + data[1024:][::-1])
+    code, out, err = pairs.tell(*words)
+    assert code == 2 and "holds runs of other flags or shards" in err and len(pairs.launched) == 2
+    runs = [run for place in pairs.runs().values() for run in place]
+    code, out, err = tell(capsys, *runs, "--output", pairs.output)
+    assert code == 2 and "holds a comparison of pairs; name another --output" in err
+    code, out, err = tell(capsys, *runs, "--output", path)
+    assert code == 2 and f"{path} is a file; name a folder" in err
+
+
+def test_what_changes_no_loss_pays_for_no_time(pairs):
+    code, out, err = pairs.tell("--base", "", "--variant", "--log_every 3", "--seeds", 2)
+    assert code == 0 and out.count("not distinguishable: the losses are the same") == 2  # at equal tokens, and at equal seconds
 
 
 def test_folders_that_cannot_be_compared_are_one_line(tmp_path, capsys, pairs):

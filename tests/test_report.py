@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -718,3 +719,12 @@ def test_colors_are_legible_in_both_themes():
             for behind in ("back", "card"):
                 ratio = (max(one, colors[behind]) + 0.05) / (min(one, colors[behind]) + 0.05)
                 assert name in ("back", "card", "grid") or ratio >= (3 if name[0] == "c" else 4.5), (name, behind)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_console_that_is_full_costs_no_page(trainer, tmp_path):
+    run = trainer.run()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "tools/report.py", run.folder, "--output", tmp_path / "a.html"],
+                              stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and (tmp_path / "a.html").stat().st_size > 10_000, done.stderr

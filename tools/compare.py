@@ -47,11 +47,12 @@ from measuring import SCRIPT, reached, torchrun  # noqa: E402
 from shards import DataError, Parser  # noqa: E402
 
 POWER, MOST_SEEDS = 0.8, 10_000  # of the numbers of seeds that are recommended
+VALIDATED = "had validated both before the shorter run ended (a lower --val_loss_every helps)"
 POINTS = 300  # of a curve of training losses in the plot, each the mean of its share of the steps
 REFUSED = ("seed", "output_dir", "resume", "dry_run", "target_val_loss")
-STEP = {"step", "train_loss", "tokens", "time", "step_ms", "step_avg_ms", "tokens_per_second", "peak_mem_MB"}
+STEP = {"step", "tokens", "time", "step_ms", "step_avg_ms", "tokens_per_second", "peak_mem_MB"}
 VALIDATION = {"step", "val_loss", "tokens", "time"}  # what is read of each record of metrics.jsonl
-SAME_TARGETS = ("input_val_bin", "val_tokens", "vocab_size")  # or the losses are of different things
+SAME_TARGETS = ("input_val_bin", "validation_text", "val_tokens", "vocab_size")  # or the losses are of different things
 
 
 def require(condition, message):
@@ -96,33 +97,46 @@ class Run(NamedTuple):
 
 
 def newest_run(folder):
-    """The folder itself if it is a run's, else the newest run in it, or None."""
+    """The folder itself if it is a run's, else the newest run in it that has trained, or None."""
     found = sorted(folder.glob("metrics.jsonl")) or sorted(folder.glob("*/metrics.jsonl"))
-    return found[-1].parent if found else None
+    return next((path.parent for path in reversed(found) if path.stat().st_size), None)
 
 
 def read_log(folder):
     """(the source at its head, what was said each time the run was begun or resumed, how it ended)"""
-    path = next(folder.glob("*.log"), None)
+    path = min(folder.glob("*.log"), key=lambda path: (path.stem != folder.name, path.name), default=None)
     head, *sessions = path.read_text(errors="replace").split(f"\nrun {path.stem}: ") if path else [""]
     last = sessions[-1] if sessions else ""
     diverged = "diverged" if "lower --learning_rate" in last else "unfinished"  # the words of each DivergedError
-    return head, sessions, "finished" if "\ntraining took " in last else diverged
+    return head, sessions, "finished" if "\ntraining took " in last else diverged if path else "without a log"
+
+
+def read_records(path):
+    """(the steps, the validations) of a metrics.jsonl. A line that is neither, as a crash leaves one, is skipped."""
+    steps, validations = [], []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            for needed, found in ((STEP, steps), (VALIDATION, validations)):
+                if isinstance(record, dict) and needed <= {name for name, value in record.items() if is_number(value)}:
+                    found.append(record)
+    return steps, validations
+
+
+def is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def read_run(folder):
     """The Run of a folder that has metrics.jsonl."""
     head, sessions, ending = read_log(folder)
-    said, records = [session.split("\n") for session in sessions], []
-    for line in (folder / "metrics.jsonl").read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # cut short by a crash
-            records.append(json.loads(line))
-    steps, validations = ([r for r in records if needed <= r.keys()] for needed in (STEP, VALIDATION))
+    said = [session.split("\n") for session in sessions]
+    steps, validations = read_records(folder / "metrics.jsonl")
     require(steps, f"{folder} has no finished step; let it train")
     try:
         config = json.loads((folder / "config.json").read_text())
-        settings = dict(**config["network"], **config["run"], machine="".join(sum(said[:1], [])[1:2]),
-                        script=hashlib.sha256(head.encode()).hexdigest()[:8])
+        settings = dict(**config["network"], **config["run"], machine="".join(sum(said[:1], [])[1:2]) or None,
+                        script=hashlib.sha256(head.encode()).hexdigest()[:8] if head else None)
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise DataError(f"{folder}/config.json cannot be read ({e}); name another run") from e
     resumed = [re.search(r"^resumed .* at step (\d+)$", session, re.M) for session in sessions]
@@ -137,7 +151,7 @@ def read_run(folder):
         str(folder), settings, [lines[0] for lines in said], ending, max(r["peak_mem_MB"] for r in steps),
         last["tokens_per_second"], last["step_avg_ms"], point(last, "step")[0], last["tokens"],
         [point(r, "val_loss") for r in validations],
-        [point(r, "train_loss") for r in steps if r["train_loss"] is not None],
+        [point(r, "train_loss") for r in steps if is_number(r.get("train_loss"))],
     )
 
 
@@ -162,13 +176,14 @@ def seeds_needed(effect, confidence):
     return counts[place] if place < len(counts) else None
 
 
-def judge(differences, confidence):
-    """What differences of loss, variant - base with one seed each, say of their mean."""
+def judge(differences, confidence, had="gave both a loss"):
+    """What differences of loss, variant - base with one seed each, say of their mean; of seeds without one it is said
+    what the others had."""
     n = len(differences)
     found = dict(seeds=n, mean=statistics.fmean(differences) if n else None, sd=None, interval=None, seeds_needed=None,
                  smallest_difference=None)
     if n < 2:
-        return dict(found, verdict=f"no verdict: an interval takes two seeds or more, and {n} gave both a loss")
+        return dict(found, verdict=f"no verdict: an interval takes two seeds or more, and {n} {had}")
     found["sd"] = sd = statistics.stdev(differences)
     if sd == 0:
         alike = "no verdict: each seed gave the same difference, so they changed nothing and tell nothing of chance"
@@ -255,7 +270,7 @@ def before_and_after(found, target):
 def differences(settings):
     """A table of {arm: its settings} where they are not the same."""
     names = [name for name in dict.fromkeys(sum(map(list, settings.values()), [])) if name != "output_dir"]
-    rows = [[name, *(str(its.get(name, "-")) for its in settings.values())] for name in names]
+    rows = [[name, *(str(its.get(name, "-")).replace("|", "\\|") for its in settings.values())] for name in names]
     return aligned(["differs in", *settings], [row for row in rows if len(set(row[1:])) > 1])
 
 
@@ -268,7 +283,7 @@ def notes(arms, target):
         lines += [f"{run.folder} came to {target:.4f} before its first validation"] if early else []
 
     def differ(name):
-        return len({str(run.settings.get(name)) for run in runs}) > 1
+        return len({str(run.settings.get(name)) for run in runs} - {"None"}) > 1
 
     unlike = [name for name in (*SAME_TARGETS, "sequence_length") if differ(name)]
     lines += [f"{', '.join(unlike)} differ: the losses are of other targets or contexts"] * bool(unlike)
@@ -358,7 +373,10 @@ def compare_folders(args, command):
              "", *notes(arms, target), *differences({name: run.settings for name, [run] in arms.items()})]
     print("\n".join(lines))
     if args.output:
-        write(Path(args.output), command, arms, target, lines, figures=found)
+        folder = Path(args.output)
+        require(folder.is_dir() or not folder.exists(), f"{folder} is a file; name a folder")
+        require(not (folder / "settings.json").exists(), f"{folder} holds a comparison of pairs; name another --output")
+        write(folder, command, arms, target, lines, figures=found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,21 +391,35 @@ def resolved(arm, words, processes):
     import train_gpt2_mod as script
 
     try:
+        require(not {"-h", "--help"} & {*words}, "--help of the script is python train_gpt2_mod.py --help; drop it")
         typed = script.parse_flags(words)
         refused = [f"--{name}" for name in REFUSED if name in typed]
         require(not refused, f"{', '.join(refused)} cannot be typed here: seeds, folders and resuming are "
                 "compare.py's, and all runs go to their end; drop it")
         device = typed.get("device", "auto")
         cuda = device == "cuda" or device == "auto" and torch.cuda.is_available()
-        vocab_size = script.TokenShards(typed.get("input_bin", script.TrainConfig.input_bin)).vocab_size
+        training = script.TokenShards(typed.get("input_bin", script.TrainConfig.input_bin))
+        vocab_size = training.vocab_size
         machine = script.Machine(processes, "cuda" if cuda else "cpu", cuda, cuda, vocab_size, 2**50)
         network, run, _ = script.resolve(typed, machine)
         require(run.input_val_bin, "input_val_bin is empty, and validation losses are compared; name shards")
-        script.TokenShards(run.input_val_bin)
+        validation = script.TokenShards(run.input_val_bin)
     except ValueError as e:
         raise DataError(f"{arm}: {e}") from e
     shorthands = {name: typed.get(name) for name in ("init_from", "memory_gib")}
-    return dict(**dataclasses.asdict(network), **dataclasses.asdict(run), **shorthands)
+    texts = dict(training_text=fingerprint(training.files), validation_text=fingerprint(validation.files))
+    return dict(**dataclasses.asdict(network), **dataclasses.asdict(run), **shorthands, **texts)
+
+
+def fingerprint(files):
+    """By which other shards under the same names are known: the sizes and the ends of all, hashed."""
+    found = hashlib.sha256()
+    for path in map(Path, files):
+        with open(path, "rb") as file:
+            found.update(str(path.stat().st_size).encode() + file.read(2**16))
+            file.seek(-min(2**16, path.stat().st_size), os.SEEK_END)
+            found.update(file.read())
+    return found.hexdigest()[:8]
 
 
 def check(args):
@@ -412,6 +444,7 @@ def claimed(args, settings):
 
     key = json.dumps(dict(processes=args.processes, **settings), indent=1, sort_keys=True)
     folder = Path(args.output or f"logs/compare-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file; name a folder")
     path = folder / "settings.json"
     require(path.exists() or not any(folder.glob("*")), f"{folder} holds other things; name another --output")
     folder.mkdir(parents=True, exist_ok=True)
@@ -423,7 +456,8 @@ def claimed(args, settings):
                             "or stop it") from e
         file.seek(0)
         there = file.read()
-        require(there in ("", key), f"{folder} holds runs of other flags, as {path} says; name another --output")
+        require(there in ("", key), f"{folder} holds runs of other flags or shards, as {path} says; name another "
+                "--output")
         file.write("" if there else key)
         file.flush()
         yield folder, file
@@ -481,7 +515,8 @@ def compare_pairs(args, command):
             target = args.target or default_target(arms)
             found = figures(dict(zip(arms, map(list, zip(*trained)))) if trained else arms, target)
             equal = [v - b for b, v in map(at_equal_seconds, trained) if None not in (b, v)]
-            final, at_seconds = judge_runs(pairs, args.confidence), judge(equal, args.confidence)
+            final = judge_runs(pairs, args.confidence)
+            at_seconds = final if final["mean"] == final["sd"] == 0 else judge(equal, args.confidence, VALIDATED)
             losses = [[str(seed), *("diverged" if run.loss is None else f"{run.loss:.4f}" for run in pair),
                        f"{pair[1].loss - pair[0].loss:+.4f}" if pair in trained else "-"]
                       for seed, pair in pairs.items()]
@@ -513,7 +548,11 @@ def read_arguments(argv):
     cut = argv.index("--") if "--" in argv else len(argv)
     words, given, common = [], iter(argv[:cut]), argv[cut + 1:]
     for word in given:  # argparse takes the "--shuffle" after --variant for a flag, unless it is joined to it
-        words.append(f"{word}={next(given, '')}" if word in ("--base", "--variant") else word)
+        if word in ("--base", "--variant"):
+            value = next(given, None)
+            require(value is not None, f'{word} needs a value: flags in quotes, or "" for none')
+            word += f"={value}"
+        words.append(word)
     args, unknown = parser.parse_known_args(words)
     require(not unknown, f"{' '.join(unknown)} is no flag of compare.py; those of both runs stand after --")
     require(0 < args.confidence < 1, f"confidence={args.confidence} must be between 0 and 1; 0.95 is usual")
@@ -522,6 +561,9 @@ def read_arguments(argv):
     both = dict(base=args.base, variant=args.variant)
     if args.runs:
         require(not common and set(both.values()) == {None}, "name runs, or the flags of runs to make, not both")
+        for name in ("seeds", "confidence", "processes"):
+            value = getattr(args, name)
+            require(value == parser.get_default(name), f"{name}={value} would be ignored: these runs are there")
         return argparse.Namespace(**vars(args), arms=None)
     require(None not in both.values(), "name two runs, or type --base and --variant; --help says more")
     try:

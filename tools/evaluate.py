@@ -206,6 +206,7 @@ def evaluate(args):
     require(world.size == 1, "the figures are those of one process; start evaluate.py without torchrun")
     require(model.config.position == "rope" or T <= model.config.n_positions, f"sequence_length={T} must be at most "
             f"{model.config.n_positions}, the positions that the network of {path} learned")
+    require(args.data != "", "data is empty; name a text file or shards, or drop the flag")
     data = args.data or content["run"].get("input_val_bin", "") * (args.hellaswag is None)
     require(data or args.hellaswag is not None, f"{path} knows no validation shards; name --data or --hellaswag")
     require(data or not args.tokens, f"tokens={args.tokens} would be ignored: they are of --data; name it too")

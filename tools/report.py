@@ -437,12 +437,15 @@ def main(argv=None):
         content = page(runs, sample).encode("utf-8", "replace")
         write(args.output, content)
     except DataError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
         return 2
     except OSError as e:
         print(f"error: {e.filename or args.output} cannot be used ({e.strerror}); name another", file=sys.stderr)
         return 2
-    print(f"{args.output}: {', '.join(run.name for run in runs)}; {len(content):,} bytes")
+    try:
+        print(f"{args.output}: {', '.join(run.name for run in runs)}; {len(content):,} bytes", flush=True)
+    except (OSError, UnicodeEncodeError):  # the page is there
+        sys.stdout = open(os.devnull, "w")
     return 0
 
 
