@@ -303,6 +303,28 @@ def test_a_run_that_diverged(trainer, page_of):
     assert {title for title, _ in page.plots()} == SMALL_PLOTS.keys() - {"Gradient norm, before clipping"}
 
 
+def test_the_layers(trainer, page_of):
+    """Every second step has them. A layer has one color in all plots, h.2 stands before h.10."""
+    run = trainer.run("--log_stats", 2, "--zero_init", "--no_tie_embeddings", "--n_layer", 11)
+    page, logged = page_of(run.folder), [record for record in steps(run.folder) if "weight_norm/wte" in record]
+    plots = page.plots()
+    assert [record["step"] for record in logged] == [2, 4, 6]
+    layers = [*(f"h.{i}" for i in range(11)), "lm_head", "wte"]
+    assert [item.text for item in page.inside(page.section("Layers"), "li")] == layers
+    for figure, title in report.LAYERED.items():
+        plot = plots[title, "step"]
+        its = {f"plain c{i % 8} d{i // 8}": f"{figure}/{layer}" for i, layer in enumerate(layers)
+               if f"{figure}/{layer}" in logged[0]}
+        assert plot.curves.keys() == its.keys() and len(its) == (11 if figure == "activation_rms" else 13)
+        for style, key in its.items():
+            assert_drawn(flat(plot.curves[style]), logged, ("step", 1), (key, 1), plot)
+
+
+def test_without_layers_there_is_no_such_section(trainer, page_of):
+    page = page_of(trainer.run().folder)
+    assert "Layers" not in [element.text for element in page.elements if element.tag == "h2"]
+
+
 def test_a_run_without_validation(trainer, page_of):
     folder = trainer.run("--input_val_bin", "").folder
     page = page_of(folder)

@@ -35,6 +35,8 @@ MOST_LINES = 200  # of a log, half of them from its start
 LOSSES = [("train_loss", "training", False), ("val_loss", "validation", True)]  # key, name, whether it is marked
 PLOTS = [("lr", 1, "Learning rate"), ("grad_norm", 1, "Gradient norm, before clipping"),
          ("tokens_per_second", 1, "Tokens/s, mean of a launch so far"), ("peak_mem_MB", 1024, "Peak memory, GiB")]
+LAYERED = {"activation_rms": "Activation RMS behind the block", "grad_norm": "Gradient norm",
+           "weight_norm": "Weight norm", "update_ratio": "Update norm / weight norm"}  # what --log_stats logs
 TIME = r"time: \S+ s = (.+); of the steps the host spent (\d+\.\d+) s on data"
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --card: #f5f7f9; --text: #1c2128; --faint: #59636e; --grid: #d8dde3;
@@ -288,6 +290,24 @@ def small_figures(runs):
     return f'<div class="small">{figures}</div>\n'
 
 
+def layer_figures(run):
+    """What --log_stats logged, a line a layer, each of one color in all plots; "" without."""
+    names = {key.partition("/")[2] for record in run.records for key in record if key.partition("/")[0] in LAYERED}
+    layers, figures = [run._replace(name=layer) for layer in sorted(names - {""}, key=in_order)], ""
+    for figure, title in LAYERED.items():
+        keys = [f"{figure}/{layer.name}" for layer in layers]
+        curves = [Curve(layer.name, style(i), run.having(key), ("step", 1), (key, 1))
+                  for i, (layer, key) in enumerate(zip(layers, keys))]
+        if made := plot(title, "step", "steps", curves, zero=False, logarithmic=True):
+            figures += f"<figure><h3>{title}</h3>{made}</figure>\n"
+    return f'{legend(layers)}<div class="small">{figures}</div>\n' * bool(figures)
+
+
+def in_order(layer):
+    """h.2 before h.10."""
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", layer)]
+
+
 def time_figure(runs):
     """Where the seconds of each run went, as its launches say when they end; all bars have one scale."""
     said = [[match for lines in run.launches for line in lines if (match := re.fullmatch(TIME, line))] for run in runs]
@@ -391,6 +411,7 @@ def page(runs, sample):
     both = [some | others for some, others in zip(network, training)]
     parts = {
         "Loss, nats a token": loss_figure(runs) + small_figures(runs),
+        "Layers": "".join(head + figures for head, run in zip(heads, runs) if (figures := layer_figures(run))),
         "Where the time went": time_figure(runs),
         "Result": table(runs, [result(run) for run in runs]),
         "What differs": table(runs, both, differing=True) * several,
