@@ -3338,7 +3338,8 @@ def activation_rms(model, idx, numerics):
 def layer_statistics(state, idx, wanted):
     """What the update inside does to each layer, for --log_stats: {figure/layer: tensor}, filled when it is done. The
     norm of its gradient before clipping, that of its weights and of their change as a share of it, and the RMS of the
-    stream behind it for the sequences idx (B, T). They change nothing that is trained, and the host waits for none."""
+    stream behind it for the sequences idx (B, T). They change nothing that is trained; the host waits for fp16's scale
+    alone."""
     found, norm = {}, nn.utils.get_total_norm
     if not wanted:
         yield found

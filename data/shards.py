@@ -33,6 +33,11 @@ class DataError(ValueError):
     """Something that the user can put right: one line, `name=value, the rule, what to do`."""
 
 
+def require(condition, message):
+    if not condition:
+        raise DataError(message)
+
+
 # -----------------------------------------------------------------------------
 # Shards
 

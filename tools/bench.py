@@ -40,17 +40,12 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))
-from shards import DataError, Parser, ShardWriter, sha256_of  # noqa: E402
+from shards import DataError, Parser, ShardWriter, require, sha256_of  # noqa: E402
 
 MODULE = "train_gpt2_mod"  # the name under which a worker imports the script, wherever it lies
 WORK = "--worker"  # makes this file a worker
 MOST_TOKENS = 2**26  # random ones in a file, 128 MiB; a longer measurement sees them again
 VALIDATIONS = 3  # timed, after one that is not
-
-
-def require(condition, message):
-    if not condition:
-        raise DataError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

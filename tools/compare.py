@@ -42,9 +42,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "docs")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "docs"), str(ROOT / "tools")]
 from measuring import SCRIPT, reached, torchrun  # noqa: E402
-from shards import DataError, Parser  # noqa: E402
+from report import log_of, newest_run  # noqa: E402
+from shards import DataError, Parser, require  # noqa: E402
 
 POWER, MOST_SEEDS = 0.8, 10_000  # of the numbers of seeds that are recommended
 VALIDATED = "had validated both before the shorter run ended (a lower --val_loss_every helps)"
@@ -53,11 +54,6 @@ REFUSED = ("seed", "output_dir", "resume", "dry_run", "target_val_loss")
 STEP = {"step", "tokens", "time", "step_ms", "step_avg_ms", "tokens_per_second", "peak_mem_MB"}
 VALIDATION = {"step", "val_loss", "tokens", "time"}  # what is read of each record of metrics.jsonl
 SAME_TARGETS = ("input_val_bin", "validation_text", "val_tokens", "vocab_size")  # or the losses are of different things
-
-
-def require(condition, message):
-    if not condition:
-        raise DataError(message)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,7 +66,7 @@ class Run(NamedTuple):
     folder: str
     settings: dict  # all flags, and where and by which script it was made
     commands: list
-    ending: str  # finished, diverged or unfinished
+    ending: str  # finished, diverged, unfinished or without a log
     peak: float  # MiB
     tokens_per_second: float
     step_ms: float
@@ -96,15 +92,9 @@ class Run(NamedTuple):
         return float(np.interp(seconds, times, losses)) if times[0] <= seconds else None
 
 
-def newest_run(folder):
-    """The folder itself if it is a run's, else the newest run in it that has trained, or None."""
-    found = sorted(folder.glob("metrics.jsonl")) or sorted(folder.glob("*/metrics.jsonl"))
-    return next((path.parent for path in reversed(found) if path.stat().st_size), None)
-
-
 def read_log(folder):
     """(the source at its head, what was said each time the run was begun or resumed, how it ended)"""
-    path = min(folder.glob("*.log"), key=lambda path: (path.stem != folder.name, path.name), default=None)
+    path = log_of(folder)
     head, *sessions = path.read_text(errors="replace").split(f"\nrun {path.stem}: ") if path else [""]
     last = sessions[-1] if sessions else ""
     diverged = "diverged" if "lower --learning_rate" in last else "unfinished"  # the words of each DivergedError

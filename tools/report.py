@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))
-from shards import DataError, Parser  # noqa: E402
+from shards import DataError, Parser, require  # noqa: E402
 
 METRICS = "metrics.jsonl"
 GENERATOR = '<meta name="generator" content="train_gpt2_mod, tools/report.py">'  # by which a report is known
@@ -80,11 +80,6 @@ th, td { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
 """ + "".join(f".c{i} {{ stroke: var(--c{i}); background: var(--c{i}) }}\n" for i in range(COLORS))
 
 
-def require(condition, message):
-    if not condition:
-        raise DataError(message)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run left
 
@@ -100,14 +95,25 @@ class Run(NamedTuple):
         return [record for record in self.records if key in record]
 
 
-def find(path):
-    """The run that a path means: its own folder, or the newest run in a folder of runs."""
-    require(path.is_dir(), f"{path} is no folder; name a run's, or a folder of runs")
+def newest_run(path):
+    """The folder itself if it is a run's, else the newest run in it that has trained, or None."""
     if (path / METRICS).is_file():
         return path
     found = [file.parent for file in path.glob(f"*/{METRICS}") if file.stat().st_size]
+    return max(found, key=lambda folder: folder.name, default=None)
+
+
+def find(path):
+    """The run that a path means."""
+    require(path.is_dir(), f"{path} is no folder; name a run's, or a folder of runs")
+    found = newest_run(path)
     require(found, f"{path} holds no run that has trained (a folder with {METRICS}); name another")
-    return max(found, key=lambda folder: folder.name)
+    return found
+
+
+def log_of(folder):
+    """A run's log, of several the one with the folder's name, or None."""
+    return min(folder.glob("*.log"), key=lambda path: (path.stem != folder.name, path.name), default=None)
 
 
 def read_text(path):
@@ -125,7 +131,7 @@ def read_object(text):
 
 def read_launches(folder):
     """The launches in a run's log; none where it has no log."""
-    log = min(folder.glob("*.log"), key=lambda path: (path.stem != folder.name, path.name), default=None)
+    log = log_of(folder)
     lines = read_text(log).split("\n") if log else []
     starts = [i for i, line in enumerate(lines) if line.startswith(f"run {log.stem}: ")]  # after the script's source
     return [lines[start:end] for start, end in zip(starts, [*starts[1:], len(lines)])]
