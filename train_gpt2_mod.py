@@ -66,7 +66,7 @@ WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 1
 NORM_EPS = 1e-6
 NAN_POLICIES = ("stop", "skip", "rollback")
 OPTIMIZERS = ("adamw", "muon")
-STARTS = ("init_std", "embd_init_std", "zero_init")  # flags of the initial weights
+STARTS = ("init_std", "embd_init_std", "value_init_std", "zero_init")  # flags of the initial weights
 SMEARABLE = ("embedding", "attention", "mlp")
 FIRST_MOMENTUM = 0.85  # of Muon, at step 0, where it has a warm-up
 LARGEST_BATCH = 2**14  # sequences in a micro-batch that --batch_size auto thinks of
@@ -234,6 +234,9 @@ class GPTConfig:
     rope_head_dim: int = option(32, "rotary part of MLA's heads, beside n_embd / n_head without position", most=2**20)
     qk_norm: bool = option(False, "RMSNorm of queries and keys over the head size, before RoPE")
     softmax_scale: float = option(0.0, "factor of attention's scores; 0: 1 / sqrt(head size)")
+    attention_gate: int = option(
+        0, "channels of attention's input that say how much of each head's output counts; 0: all of it does", most=2**20
+    )
     window: int = option(0, "tokens a query sees, its own included; 0: all before it")
     document_mask: bool = option(False, "let no token see another document; the vocabulary's last token begins one")
     value_embeddings: int = option(
@@ -253,6 +256,7 @@ class GPTConfig:
         rebuilds=False,
     )
     embd_init_std: float = option(0.0, "std of the initial embeddings; 0: as the other matrices", rebuilds=False)
+    value_init_std: float = option(0.0, "std of the initial value embeddings; 0: embd_init_std", rebuilds=False)
     zero_init: bool = option(False, "start the matrices into the stream, and an untied head, at 0", rebuilds=False)
     mtp_enabled: bool = option(False, "multi-token prediction: an auxiliary loss on targets 2..mtp_max_steps")
     mtp_heads: str = option(
@@ -301,14 +305,16 @@ class GPTConfig:
                 "latent; drop one of the two")
         require(2 * tables <= self.n_layer, f"value_embeddings={tables} go into as many first and last blocks, and "
                 f"n_layer={self.n_layer} has no {2 * tables}; try {self.n_layer // 2}")
+        require(self.attention_gate <= self.n_embd, f"attention_gate={self.attention_gate} must be at most "
+                f"n_embd={self.n_embd}, the channels that there are; 12 is usual")
         require(self.softmax_scale <= 100, f"softmax_scale={self.softmax_scale} must be at most 100; 0.12 is usual "
                 "with qk_norm")
         require(0 < self.norm_eps < 1, f"norm_eps={self.norm_eps} must be above 0 and below 1; 1e-6 is usual")
         cap = self.logit_softcap
         require(cap == 0 or cap >= 1, f"logit_softcap={cap} must be 0 (none) or at least 1; 15 and 30 are usual")
         require(self.init_std < 1, f"init_std={self.init_std} must be below 1; 0.02 is usual")
-        require(self.embd_init_std <= 10, f"embd_init_std={self.embd_init_std} must be at most 10; 1 is usual with "
-                "embd_norm")
+        for name in ("embd_init_std", "value_init_std"):
+            require(getattr(self, name) <= 10, f"{name}={getattr(self, name)} must be at most 10; 1 is usual")
         require(self.smears <= set(SMEARABLE), f"smear={self.smear} must be none or some of {', '.join(SMEARABLE)}, "
                 "joined by +; try embedding+mlp")
         self.settle("smear", "+".join(part for part in SMEARABLE if part in self.smears) or "none")
@@ -407,6 +413,7 @@ class TrainConfig:
     optimizer: str = option("adamw", "what updates the blocks' matrices; all else is AdamW's", choices=OPTIMIZERS)
     learning_rate: float = option(6e-4, "learning rate after the warm-up, the highest")
     embedding_lr: float = option(0.0, "that of the embeddings, tied or not; 0: learning_rate")
+    value_lr: float = option(0.0, "that of the value embeddings; 0: embedding_lr")
     head_lr: float = option(0.0, "that of an untied head; 0: learning_rate")
     scalar_lr: float = option(0.0, "that of vectors and scalars; 0: learning_rate")
     muon_lr: float = option(0.02, "that of Muon's matrices, which follows the same schedule")
@@ -497,7 +504,7 @@ class TrainConfig:
             require(getattr(self, name) < 1, f"{name}={getattr(self, name)} must be below 1; 0.9 and 0.95 are usual")
         require(self.adam_eps > 0, "adam_eps=0.0 must be above 0: a token that was never seen has no gradient; 1e-8 is "
                 "usual")
-        own_rates = [name for name in ("embedding_lr", "head_lr", "scalar_lr") if getattr(self, name)]
+        own_rates = [name for name in ("embedding_lr", "value_lr", "head_lr", "scalar_lr") if getattr(self, name)]
         own_rates += ["optimizer=muon"] * (self.optimizer == "muon")
         require(self.muon_lr > 0, "muon_lr=0.0 must be above 0, or nothing that is Muon's would learn; 0.02 is usual")
         require(self.learning_rate or not own_rates, f"learning_rate=0 with {', '.join(own_rates)}: all rates follow "
@@ -738,6 +745,9 @@ def rule_optimizer(fields, typed, machine):
     untied = not fields["tie_embeddings"]
     require(untied or not typed.get("head_lr"), f"head_lr={typed.get('head_lr')} would be ignored: the head is the "
             "embedding, whose rate is embedding_lr; drop it, or add --no_tie_embeddings")
+    for name in ("value_lr", "value_init_std"):
+        require(fields["value_embeddings"] or not typed.get(name), f"{name}={typed.get(name)} would be ignored: there "
+                "are no value embeddings; drop it, or add --value_embeddings 3")
     return {} if fields["optimizer"] == "muon" else {name: defaults[name] for name in muons}, None
 
 
@@ -1617,6 +1627,21 @@ class Smear(nn.Module):
         return (x + follows * self.weight * F.pad(x[:, :-1], (0, 0, 1, 0))).type_as(x)
 
 
+class Gate(nn.Module):
+    """Each head's output y (B, H, T, D) times 2 sigmoid(w x[:n]) of its token's x (B, T, C). w, n numbers a head, is 0
+    at first, so the factors are 1 (modded-nanogpt's records; Qiu et al. 2025, arXiv:2505.06708, with all of x)."""
+
+    def __init__(self, n_head, channels):
+        super().__init__()
+        self.n_head = n_head
+        self.weight = nn.Parameter(torch.zeros(n_head * channels))  # a vector, for the scalars' rate
+
+    def forward(self, y, x):
+        weight = self.weight.view(self.n_head, -1)
+        factors = 2 * torch.sigmoid(F.linear(x[..., : weight.size(1)], weight))
+        return y * factors.transpose(1, 2)[..., None].type_as(y)
+
+
 class CausalSelfAttention(nn.Module):
     """Causal self-attention, (B, T, C) -> (B, T, C). Multi-head, grouped-query (Ainslie et al. 2023, arXiv:2305.13245)
     and multi-query attention, full or windowed, are values of the config: n_kv_head, window, qk_norm."""
@@ -1629,6 +1654,7 @@ class CausalSelfAttention(nn.Module):
         self.scale = config.softmax_scale or None  # torch's own
         first_and_last = min(layer, config.n_layer - 1 - layer) in range(config.value_embeddings)
         self.value_mix = Mix(0.5, 0.5) if first_and_last else First()
+        self.gate = Gate(config.n_head, config.attention_gate) if config.attention_gate else First()
         self.make_projections(config)
         self.c_proj = Linear(config, config.n_embd, config.n_embd)
 
@@ -1659,7 +1685,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
     def forward(self, x, ctx):
-        return self.out(self.attend(*self.qkv(x, ctx), ctx.mask))
+        return self.out(self.gate(self.attend(*self.qkv(x, ctx), ctx.mask), x))
 
     def flops(self, T):
         """FLOPs per token of scores and weighted sum, forward and backward, over the full square of T x T (T x window):
@@ -1808,8 +1834,11 @@ class GPT(nn.Module):
                 p.normal_(0.0, config.init_std * scale)
             elif name.endswith("bias"):
                 p.zero_()
-        for table in tables if config.embd_init_std else ():
-            table.weight.normal_(0.0, config.embd_init_std)
+        values = {*self.value_embeddings}
+        for table in tables:
+            std = config.value_init_std * (table in values) or config.embd_init_std
+            if std:
+                table.weight.normal_(0.0, std)
         into_stream = [p for name, p in self.named_parameters() if name.endswith("c_proj.weight")]
         untied = [] if config.tie_embeddings else [self.lm_head.weight]
         for p in into_stream + untied if config.zero_init else ():
@@ -2357,13 +2386,14 @@ class Optimizers:
 
 
 def parameter_groups(model):
-    """Each parameter in one of four groups, {group: its parameters}: embeddings, tied to the head or not; the blocks'
-    matrices; an untied head; vectors and scalars."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups = dict(embeddings=[], matrices=[], head=[], scalars=[])
+    """Each parameter in one of five groups, {group: its parameters}: embeddings, tied to the head or not; those in the
+    values; the blocks' matrices; an untied head; vectors and scalars."""
+    kinds = {id(module.weight): "embeddings" for module in model.modules() if isinstance(module, nn.Embedding)}
+    kinds.update({id(table.weight): "values" for table in model.value_embeddings})
+    kinds.setdefault(id(model.lm_head.weight), "head")
+    groups = dict(embeddings=[], values=[], matrices=[], head=[], scalars=[])
     for p in model.parameters():
-        head = "head" if p is model.lm_head.weight else "matrices"
-        groups["embeddings" if id(p) in tables else head if p.dim() >= 2 else "scalars"].append(p)
+        groups[kinds.get(id(p), "matrices" if p.dim() >= 2 else "scalars")].append(p)
     return groups
 
 
@@ -2373,8 +2403,9 @@ def make_optimizer(model, run, device):
     plan times relative_lr."""
     groups, rows = parameter_groups(model), []
     muons = groups.pop("matrices") if run.optimizer == "muon" else []
-    rates = dict(embeddings=run.embedding_lr, head=run.head_lr, scalars=run.scalar_lr)  # 0: learning_rate
-    decayed = ("embeddings", "matrices", "head") if run.optimizer == "adamw" else ()
+    rates = dict(embeddings=run.embedding_lr, values=run.value_lr or run.embedding_lr, head=run.head_lr,
+                 scalars=run.scalar_lr)  # 0: learning_rate
+    decayed = ("embeddings", "values", "matrices", "head") if run.optimizer == "adamw" else ()
     for name, params in groups.items():
         rate, decay = rates.get(name) or run.learning_rate, run.weight_decay if name in decayed else 0.0
         rows.append(dict(name=name, params=params, lr=rate, weight_decay=decay, relative_lr=relative(rate, run)))
@@ -3579,6 +3610,7 @@ def kept_by_block(config):
     added = 2 * C * half if config.post_norm else 0  # attention's and the MLP's outputs, before their norms
     added += C * stream * config.x0_lambdas  # the stream before it was mixed
     added += 3 * C * half * len(config.smears & {"attention", "mlp"})
+    added += H * D * half * (config.attention_gate > 0)  # the heads' outputs, before
     return 2 * C * stream + half * (projected + copied + H * D + hidden) + 4 * H + operands + added
 
 

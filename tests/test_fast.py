@@ -1,4 +1,5 @@
 """The parts of the fast recipe: documents apart, value embeddings, the mixes, norm and start of the embedding."""
+import itertools
 import math
 import re
 
@@ -219,7 +220,7 @@ def test_softmax_scale_is_the_factor_of_the_scores(float64, scale, window):
 
 
 def test_a_zero_start_predicts_every_token_alike():
-    config = fast_config(zero_init=True)
+    config = fast_config(zero_init=True, tie_embeddings=False)
     model = script.GPT(config)
     for block in model.transformer.h:
         assert not block.attn.c_proj.weight.any() and not block.mlp.c_proj.weight.any()
@@ -233,7 +234,8 @@ def test_a_zero_start_predicts_every_token_alike():
 
 
 def test_embeddings_start_with_their_own_deviation():
-    model = script.GPT(fast_config(n_embd=256, vocab_size=500, embd_init_std=0.7))
+    sizes = dict(n_embd=256, vocab_size=500, embd_init_std=0.7, value_init_std=0.0)
+    model = script.GPT(fast_config(**sizes, tie_embeddings=False, zero_init=False))
     for table in (model.transformer.wte, *model.value_embeddings):
         assert table.weight.std().item() == pytest.approx(0.7, rel=0.02)
         assert abs(table.weight.mean().item()) < 0.01
@@ -245,7 +247,7 @@ def test_embeddings_start_with_their_own_deviation():
 
 @pytest.mark.parametrize("changes", [
     dict(), dict(document_mask=True, gradient_checkpointing=True), dict(tie_embeddings=True, n_kv_head=1),
-    dict(mtp_enabled=True, mtp_heads="separate", mtp_max_steps=2),
+    dict(mtp_enabled=True, mtp_heads="separate", mtp_max_steps=2), dict(attention_gate=12, smear="embedding+attention"),
 ], ids=str)
 def test_every_weight_learns(changes):
     """From a zero start each weight has had a gradient after a few steps; the loss falls."""
@@ -325,6 +327,54 @@ def test_a_block_that_smears_is_its_definition(float64, kind):
     y = x + plain.attn_scale * plain.attn(smeared(plain.ln_1(x), weights[0]), ctx)
     y = y + plain.mlp(smeared(plain.ln_2(y), weights[1]))
     torch.testing.assert_close(block(x, ctx), y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(n_kv_head=1, window=3), dict(mixer="latent", kv_rank=8, rope_head_dim=4)])
+def test_a_gated_attention_is_its_definition(float64, changes):
+    """Each head's part of the output projection's input, times 2 sigmoid of its own sum over the first channels."""
+    config = small_config(attention_gate=5, **changes)
+    mixer = script.mixers[config.mixer]
+    attention, plain = mixer(config, 0), mixer(small_config(**changes), 0)
+    assert torch.equal(attention.gate.weight, torch.zeros(4 * 5))
+    attention.load_state_dict(plain.state_dict(), strict=False)
+    x, angles = torch.randn(2, 9, 32), script.Rotary(config.rotary_dim, config.rope_base)(9)
+    ctx = script.Context(*angles, script.window_mask(9, config.window, x.device))
+    torch.testing.assert_close(attention(x, ctx), plain(x, ctx), rtol=0, atol=1e-14)  # it begins as nothing
+    with torch.no_grad():
+        attention.gate.weight.normal_()
+    heads = []
+    plain.c_proj.register_forward_pre_hook(lambda module, inputs: heads.append(inputs[0]))
+    plain(x, ctx)
+    y, weight = heads[0].clone(), attention.gate.weight.tolist()
+    for b, t, head in itertools.product(range(2), range(9), range(4)):
+        z = sum(weight[5 * head + channel] * float(x[b, t, channel]) for channel in range(5))
+        y[b, t, 8 * head : 8 * (head + 1)] *= 2 / (1 + math.exp(-z))
+    torch.testing.assert_close(attention(x, ctx), plain.c_proj(y), rtol=0, atol=1e-12)
+
+
+def test_a_gate_has_no_more_channels_than_there_are():
+    assert small_config(attention_gate=32).attention_gate == 32
+    with pytest.raises(script.ConfigError, match="attention_gate=33 must be at most n_embd=32"):
+        small_config(attention_gate=33)
+
+
+def test_the_value_tables_begin_at_a_size_of_their_own():
+    """Else at that of the other embeddings."""
+    uniform = 1 / math.sqrt(3 * 32)
+    for std, own, expected in ((0.0, 0.0, uniform), (0.02, 0.0, 0.02), (0.02, 1.0, 1.0), (0.0, 0.5, 0.5)):
+        model = script.GPT(fast_config(embd_init_std=std, value_init_std=own, vocab_size=4096))
+        assert model.transformer.wte.weight.std().item() == pytest.approx(std or uniform, rel=0.02)
+        for table in model.value_embeddings:
+            assert table.weight.std().item() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("flags", [
+    "--value_lr 0.1", "--value_init_std 1", "--model d12_fast --value_embeddings 0 --value_lr 1"])
+def test_flags_of_value_embeddings_that_are_not_there_are_refused(flags):
+    typed = script.parse_flags(flags.split())
+    name = next(name for name in ("value_lr", "value_init_std") if name in typed)
+    with pytest.raises(script.ConfigError, match=f"^{name}=.* would be ignored: there are no value embeddings"):
+        script.resolve(typed, script.ANY_MACHINE)
 
 
 def test_the_places_of_smear_have_one_order():

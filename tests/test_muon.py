@@ -369,7 +369,7 @@ def test_the_scaler_takes_a_finite_step_with_both():
 # ----------------------------------------------------------------------------------------------------------------------
 # Groups and their rates
 
-RATES = dict(learning_rate=0.004, embedding_lr=0.15, head_lr=0.03, scalar_lr=0.02, muon_lr=0.025)
+RATES = dict(learning_rate=0.004, embedding_lr=0.15, value_lr=0.35, head_lr=0.03, scalar_lr=0.02, muon_lr=0.025)
 EVERYTHING = dict(norm_weights=True, mtp_enabled=True, mtp_heads="separate", mtp_max_steps=3)
 NETWORKS = {
     **{name: dict() for name in script.base_configs},
@@ -389,8 +389,10 @@ def network(name, **changes):
 
 def group_by_name(name, p):
     """The group that a parameter belongs to; a tied head has the embedding's name."""
-    if re.fullmatch(r"(transformer\.w[tp]e|value_embeddings\.\d+)\.weight", name):
+    if re.fullmatch(r"transformer\.w[tp]e\.weight", name):
         return "embeddings"
+    if re.fullmatch(r"value_embeddings\.\d+\.weight", name):
+        return "values"
     if name == "lm_head.weight":
         return "head"
     if name == "smear.weight":
@@ -420,10 +422,18 @@ def test_each_parameter_is_in_one_group_with_its_rate_and_decay(name, tied):
                 group = expected[number]
                 muons = kind == "muon" and group == "matrices"
                 assert owner is (script.Muon if muons else torch.optim.AdamW)
-                field = dict(embeddings="embedding_lr", head="head_lr", scalars="scalar_lr",
+                field = dict(embeddings="embedding_lr", values="value_lr", head="head_lr", scalars="scalar_lr",
                              matrices="muon_lr" if muons else "learning_rate")[group]
                 assert rate == RATES[field]
                 assert decay == (0.3 if muons or kind == "adamw" and group != "scalars" else 0.0)
+
+
+def test_the_value_embeddings_have_the_embeddings_rate_unless_they_have_their_own():
+    model = network("d12_fast")
+    for own, rate in ((0.0, 0.15), (0.35, 0.35)):
+        optimizer = script.make_optimizer(model, small_run(optimizer="muon", embedding_lr=0.15, value_lr=own), CPU)
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert (rates["embeddings"], rates["values"]) == (0.15, rate)
 
 
 def test_no_group_is_empty():
@@ -435,7 +445,7 @@ def test_no_group_is_empty():
 def test_adamws_settings_reach_all_its_groups():
     model, run = network("d12_fast"), small_run(optimizer="muon", beta1=0.7, beta2=0.8, adam_eps=1e-5, **RATES)
     adamw, muons = script.make_optimizer(model, run, CPU).each
-    assert len(adamw.param_groups) == 3
+    assert len(adamw.param_groups) == 4
     assert {(group["betas"], group["eps"]) for group in adamw.param_groups} == {((0.7, 0.8), 1e-5)}
     group, = muons.param_groups
     assert (group["momentum"], group["cautious"]) == (0.95, False)
@@ -457,7 +467,7 @@ def test_every_group_has_its_rate_times_the_schedules_factor(kind, step, factor)
     optimizer = script.make_optimizer(model, run, CPU)
     script.apply_plan(script.plan(step, model.config, run), model, optimizer)
     names = {id(p): group_by_name(name, p) for name, p in model.named_parameters()}
-    own = dict(embeddings=0.15, head=0.03, scalars=0.02, matrices=0.025 if kind == "muon" else 0.004)
+    own = dict(embeddings=0.15, values=0.35, head=0.03, scalars=0.02, matrices=0.025 if kind == "muon" else 0.004)
     rates = {names[id(group["params"][0])]: group["lr"] for group in optimizer.param_groups}
     assert rates == pytest.approx({name: rate * factor for name, rate in own.items()}, rel=1e-12)
 
@@ -714,6 +724,7 @@ def test_recipes_are_of_presets_and_of_fields_that_there_are():
 @pytest.mark.parametrize("flags, expected", [
     ("--muon_lr 0.01", dict(muon_lr=0.01)), ("--learning_rate 0.01", dict(learning_rate=0.01)),
     ("--embedding_lr 0.01", dict(embedding_lr=0.01)), ("--scalar_lr 0", dict(scalar_lr=0.0)),
+    ("--value_lr 0.2", dict(value_lr=0.2)),
     ("--momentum_warmup_steps 0", dict(momentum_warmup_steps=0)), ("--beta1 0.7", dict(beta1=0.7)),
     ("--no_cautious_weight_decay", dict(cautious_weight_decay=False)), ("--adam_eps 1e-8", dict(adam_eps=1e-8)),
     ("--grad_clip 1", dict(grad_clip=1.0)), ("--total_batch_size 131072", dict(tokens_per_step=131072)),
@@ -762,7 +773,7 @@ def test_a_recipe_does_not_reach_a_resume():
 # Whole runs
 
 NETWORK = ("--model d12_fast --n_layer 6 --n_head 2 --n_embd 64 --value_embeddings 2 --document_mask "
-           "--smear embedding+attention+mlp").split()
+           "--smear embedding+attention+mlp --attention_gate 7 --value_lr 0.2").split()
 RUN = "--total_batch_size 64 --momentum_warmup_steps 4 --muon_lr 0.03 --muon_beta2 0.9 --min_lr_fraction 0".split()
 
 

@@ -211,6 +211,7 @@ class Family(NamedTuple):
 PLAIN = dict(
     mixer=("attention",), qk_norm=(False,), post_norm=(False,), window=(0,), logit_softcap=(0.0,), softmax_scale=(0.0,),
     document_mask=(False,), value_embeddings=(0,), x0_lambdas=(False,), embd_norm=(False,), smear=("none",),
+    attention_gate=(0,),
 )
 FAMILIES = {
     "gpt2": Family(

@@ -39,9 +39,9 @@ from train_gpt2_mod import GPT, WEIGHTS, DataError, GPTConfig, load_checkpoint, 
 ENCODINGS = {257: "bytes", 50257: "gpt2"}  # by size of the vocabulary
 # Modules in whose forward a token meets no other, or meets them only in those that the cache sees to.
 KNOWN = {
-    GPT, script.Block, script.CausalSelfAttention, script.LatentAttention, script.Smear, script.Rotary, script.MLP,
-    script.SwiGLUMLP, script.Linear, script.Norm, script.Mix, script.First, nn.Linear, nn.Embedding, nn.Dropout,
-    nn.Identity, nn.ModuleList, nn.ModuleDict,
+    GPT, script.Block, script.CausalSelfAttention, script.LatentAttention, script.Smear, script.Gate, script.Rotary,
+    script.MLP, script.SwiGLUMLP, script.Linear, script.Norm, script.Mix, script.First, nn.Linear, nn.Embedding,
+    nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict,
 }
 
 
