@@ -28,7 +28,8 @@ expected_seconds = fast.measuring.expected_seconds
 NAMES = [*fast.SWEEPS, *fast.FULL, *fast.LADDER, *fast.TRIED, "first", "speed"]
 EVERY = fast.runs(NAMES, 1)
 TOKENS = dict(d12=100_007_936, d12_fast=131_072_000, d12_fast_33M=32_768_000, d12_fast_20M=19_660_800,
-              d12_fast_in_order=144_179_200)
+              d12_fast_in_order=144_179_200, tied_2000=131_072_000, tied_33M=32_768_000)
+TOKENS |= {name: 78_643_200 for name in fast.TRIED if name.startswith("long")}
 
 
 def resolved(flags):
@@ -81,7 +82,11 @@ def test_each_rung_is_one_change_and_the_last_of_the_preset_is_the_preset():
     rates = ("muon_lr", "embedding_lr", "muon_momentum")
     network, run = rungs["higher_rates"][1]
     assert network == preset[0] and without(run, "model", *rates) == without(preset[1], "model", *rates)
-    assert rungs["document_mask"][1] == (dataclasses.replace(network, document_mask=True), run)
+    length = ("num_iterations", "warmdown_iters")
+    for name in ("tied_2000", "tied_33M"):  # the last rung, longer
+        network, run = resolved(fast.FULL[name])
+        assert network == rungs["tied"][1][0]
+        assert without(run, "model", *length) == without(rungs["tied"][1][1], "model", *length)
 
 
 def test_what_is_taken_out_is_taken_out():
@@ -92,14 +97,16 @@ def test_what_is_taken_out_is_taken_out():
     changed = {}
     for name, (_, against, _) in fast.TRIED.items():
         assert name not in fast.LADDER and against in pairs
-        if against in ("fp8_head", "higher_rates"):
+        if against in ("fp8_head", "higher_rates", "tied") and not name.startswith("long"):
             changed[name] = {field for mine, other in zip(pairs[name], pairs[against])
                              for field, value in dataclasses.asdict(mine).items() if value != getattr(other, field)}
     assert changed.pop("no_qk_norm") == {"qk_norm", "softmax_scale"}
     assert changed.pop("twice_the_heads_rate") == {"learning_rate"}
     assert changed.pop("twice_the_embeddings_rate") == {"embedding_lr"}
+    assert changed.pop("gate_768") == {"attention_gate"}
+    assert changed.pop("tied_0.002") == changed.pop("tied_0.008") == {"learning_rate"}
     fields = {"no_relu2": "mlp", "no_softcap": "logit_softcap", "no_momentum_warmup": "momentum_warmup_steps"}
-    assert changed == {name: {fields.get(name, name.removeprefix("no_"))} for name in changed} and len(changed) == 9
+    assert changed == {name: {fields.get(name, name.removeprefix("no_"))} for name in changed} and len(changed) == 10
 
 
 def test_the_shape_and_the_rates_are_the_presets_own():
@@ -126,16 +133,16 @@ def test_a_dropped_rung_is_not_in_those_after_it(monkeypatch):
         "qk_norm", "qk_norm", "no_attention_scale", "no_attention_scale"]
     assert rungs["qk_norm"][1] == with_all["qk_norm"] and rungs["zero_init"][1] == with_all["zero_init"]
     assert "--zero_init" not in rungs["relu2"][1].flags and "--mlp relu2" in rungs["relu2"][1].flags
-    assert resolved(rungs["document_mask"][1].flags)[0].mlp == "gelu"
+    assert resolved(rungs["tied"][1].flags)[0].mlp == "gelu"
 
 
 def test_the_order_of_the_runs():
     runs = fast.runs(None, 3)
-    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 140
+    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 164
     assert [run.kind for run, _ in runs[:10]] == ["sweep"] * 10 and {seed for _, seed in runs[:10]} == {1}
     assert {seed for run, seed in runs if run.kind == "tried"} == {1}
-    assert [run.kind for run, _ in runs[-19:]] == ["speed"] * 19 and {seed for _, seed in runs[-19:]} == {1}
-    assert [seed for _, seed in runs[:-19]] == sorted(seed for _, seed in runs[:-19])
+    assert [run.kind for run, _ in runs[-21:]] == ["speed"] * 21 and {seed for _, seed in runs[-21:]} == {1}
+    assert [seed for _, seed in runs[:-21]] == sorted(seed for _, seed in runs[:-21])
     assert not [run.name for run, _ in runs if "in_order" in run.name]
     assert [(run.name, seed) for run, seed in fast.runs(["adamw", "d12"], 2)] == [
         ("adamw", 1), ("adamw", 2), ("d12", 1), ("d12", 2)]  # as typed

@@ -38,9 +38,17 @@ HALF = "--batch_size 32 --total_batch_size 32768 --num_iterations 908"
 IN_ORDER = "--no_shuffle"
 D12 = "--model d12 --learning_rate {learning_rate} --warmup_iters {warmup_iters}"
 FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --learning_rate {learning_rate}"
-FIRST = "--muon_momentum 0.95 --muon_beta2 0 --smear none"  # d12_fast as the sweeps had it
+LONG = "--num_iterations 1200"  # 79 M tokens
+SIMPLER = "--softmax_scale 0 --no_cautious_weight_decay"
+TIED = "--tie_embeddings --embd_init_std 0.02 --value_init_std 1 --embedding_lr 0"  # and a --value_lr
+# What of the preset is not in the words of a run below, so that a record stays true when the preset changes.
+PARTS = ("--softmax_scale 0.12 --cautious_weight_decay --attention_gate 0 --no_tie_embeddings --embd_init_std 1 "
+         "--value_init_std 0 --value_lr 0")
+FIRST = f"--muon_momentum 0.95 --muon_beta2 0 --smear none {PARTS}"  # d12_fast as the sweeps had it
 SECOND = "--embedding_lr 0.45 --muon_momentum 0.9 --muon_beta2 0.95 --smear embedding"  # with what helped there
-NOW = "--muon_momentum 0.95 --muon_beta2 0.95 --smear embedding+mlp --precision fp8_head"  # what a full run is
+SMEARED = "--muon_beta2 0.95 --smear embedding+mlp --precision fp8_head"
+NOW = f"--muon_momentum 0.95 {SMEARED} {PARTS}"  # what a full run is
+SHORTER = f"--muon_momentum 0.9 {SMEARED} {SIMPLER} --attention_gate 12 {TIED} --value_lr 0.45"  # best in 454 steps
 THIRD = f"{SECOND} --smear embedding+mlp"
 RATES = {  # those that the ladder and the full runs have; FAST's are the preset's
     D12: dict(learning_rate="1.5e-3", warmup_iters="45"),
@@ -90,7 +98,9 @@ LADDER = {
     "fp8_head": ("--precision fp8_head", "two of the head's three products in float8: for speed"),
     "higher_rates": ("--muon_lr 0.025 --embedding_lr 0.45 --muon_momentum 0.9",
                      "higher rates for Muon and the embeddings, a shorter mean of Muon's gradients"),
-    "document_mask": ("--document_mask", "no attention to other documents, in validation neither"),
+    "simpler": (SIMPLER, "without two rungs that gained nothing"),
+    "attention_gate": ("--attention_gate 12", "each head's output weighed by its token"),
+    "tied": (f"{TIED} --value_lr 0.45", "embedding and head one matrix again, at the head's rate, begun small"),
 }
 CODE = {  # rung -> what of the script is there for it: definitions, whole, and words, each line with one of them
     "adamw": (),
@@ -112,10 +122,12 @@ CODE = {  # rung -> what of the script is there for it: definitions, whole, and 
     "smear_mlp": ("smear_1", "smear_2"),
     "fp8_head": ("Float8HeadProducts", "memory8", "gradient8", "dlogits8"),
     "higher_rates": (),
-    "document_mask": ("document_mask", "documents", "block_mask"),
+    "simpler": (),
+    "attention_gate": ("Gate", "gate", "attention_gate"),
+    "tied": ("value_lr", "value_init_std"),
 }
+BEYOND_PRESET = ("higher_rates", "simpler", "attention_gate", "tied")  # rungs that the preset d12_fast does not have
 DROPPED = ()  # rungs that were measured and not kept: those after them are without
-BEYOND_PRESET = ("higher_rates", "document_mask")  # rungs that the preset d12_fast does not have
 
 UNTIED = "--no_tie_embeddings --learning_rate 0.004"
 # what -> (what it adds to the flags of the first that it goes back to, what it is compared with, in words), at as many
@@ -171,7 +183,19 @@ TRIED = {
     "no_cautious_weight_decay": ("--no_cautious_weight_decay", "higher_rates", "every weight decays"),
     "twice_the_heads_rate": ("--learning_rate 0.008", "higher_rates", "the head's rate twice"),
     "twice_the_embeddings_rate": ("--embedding_lr 0.9", "higher_rates", "the embeddings' rate twice"),
-    "no_momentum_warmup": ("--momentum_warmup_steps 0", "higher_rates", "Muon's momentum 0.95 from the first step"),
+    "no_momentum_warmup": ("--momentum_warmup_steps 0", "higher_rates", "Muon's momentum 0.9 from the first step"),
+    "document_mask": ("--document_mask", "higher_rates", "no attention to other documents, in validation neither"),
+    "gate_768": ("--attention_gate 768", "tied", "the gate computed from all channels"),
+    "tied_0.008": ("--learning_rate 0.008", "tied", "twice the rate of embedding and head"),
+    "tied_0.002": ("--learning_rate 0.002", "tied", "half of it"),
+    "long": (LONG, "fp8_head", "2.6 times as many steps"),
+    "long_gate": (f"{LONG} --attention_gate 12", "long", "the gate"),
+    "long_tied": (f"{LONG} {TIED} --value_lr 0.3", "long", "embedding and head one matrix"),
+    "long_gate_tied": (f"{LONG} --attention_gate 12 {TIED} --value_lr 0.3", "long", "both"),
+    "long_gate_tied_rates": (f"{LONG} --attention_gate 12 {TIED} --value_lr 0.45 --muon_lr 0.025 --muon_momentum 0.9",
+                             "long_gate_tied", "and the higher rates"),
+    "long_gate_tied_simpler": (f"{LONG} --attention_gate 12 {TIED} --value_lr 0.3 {SIMPLER}", "long_gate_tied",
+                               "and without two rungs that gained nothing in 454 steps"),
 }
 
 FULL = {
@@ -179,6 +203,8 @@ FULL = {
     "d12_fast": f"{FAST.format(**RATES[FAST])} --num_iterations 2000 --val_loss_every 50 {SHAPE} {NOW}",
     "d12_fast_33M": f"{FAST.format(**RATES[FAST])} --num_iterations 500 --val_loss_every 50 {SHAPE} {NOW}",
     "d12_fast_20M": f"{FAST.format(**RATES[FAST])} --num_iterations 300 --val_loss_every 50 {SHAPE} {NOW}",
+    **{name: f"--model d12_fast --muon_lr 0.025 --learning_rate 0.004 --num_iterations {steps} --val_loss_every 50 "
+       f"{SHAPE} {SHORTER}" for name, steps in (("tied_2000", 2000), ("tied_33M", 500))},
     "d12_fast_in_order": f"{FAST.format(**START[FAST] | dict(embedding_lr='0.45'))} --num_iterations 2200 "
                          f"--val_loss_every 50 {SHAPE} {FIRST} {IN_ORDER}",
 }
