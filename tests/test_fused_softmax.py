@@ -16,7 +16,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = 11 if DEVICE == "cpu" else 3001  # several of each program, and a remainder
 CASES = [  # K, V, columns, clamp, softcap
     (1, 61, 64, 0.0, 0.0), (1, 300, 384, 0.0, 0.0), (3, 300, 304, 0.0, 0.0), (4, 61, 61, 0.0, 0.0), (1, 7, 7, 4.0, 0.0),
-    (3, 61, 64, 6.0, 3.0), (1, 300, 384, 0.0, 15.0), (1, 61, 64, 0.0, 1e6),
+    (3, 61, 64, 6.0, 3.0), (1, 300, 384, 0.0, 15.0), (1, 61, 64, 0.0, 40.0), (1, 7, 40, 0.0, 1.0),
+    (1, 61, 64, 0.0, 41.0),
+    (1, 61, 64, 0.0, 1e6),
     *([(1, 50257, 50304, 0.0, 0.0), (4, 50257, 50304, 0.0, 15.0)] if DEVICE == "cuda" else []),
 ]
 
@@ -50,17 +52,20 @@ def test_losses_and_gradients_are_the_plain_ones(softmax_losses, K, V, columns, 
     expected, expected8 = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.float8_e5m2)
     losses = script.softmax_losses(logits, targets, weights, V, clamp, softcap, expected, expected8)
     eps = max(torch.finfo(dtype).eps, 1e-5)
+    exact = None
     for with8 in (False, True):
+        approximate = DEVICE == "cuda" and with8 and 0 < softcap <= 40  # the GPU's tanh, to 2^-11 of each logit
         into, into8 = logits.clone(), torch.full_like(expected8, math.nan) if with8 else None
         found = softmax_losses(into, targets, weights, V, clamp, softcap, into, into8)
-        torch.testing.assert_close(found, losses, rtol=1e-6, atol=1e-5)
-        torch.testing.assert_close(into.float(), expected.float(), rtol=eps, atol=2e-6)
+        exact = found if exact is None else exact
+        torch.testing.assert_close(found, losses, rtol=1e-6, atol=softcap / 1024 if approximate else 1e-5)
+        torch.testing.assert_close(into.float(), expected.float(), rtol=0.05 if approximate else eps, atol=2e-6)
         assert not into[:, V:].any()
         if with8:
             # Where rounding carries into the exponent, Triton's interpreter (3.9) gives half of what there should be.
             rtol = 0.25 if DEVICE == "cuda" else 0.5
             torch.testing.assert_close(into8.float(), expected8.float(), rtol=rtol, atol=1e-4)
-    torch.testing.assert_close(softmax_losses(logits, targets, weights, V, clamp, softcap), found, rtol=0, atol=0)
+    torch.testing.assert_close(softmax_losses(logits, targets, weights, V, clamp, softcap), exact, rtol=0, atol=0)
 
 
 def test_a_program_takes_several_rows(softmax_losses):
