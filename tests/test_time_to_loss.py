@@ -62,7 +62,8 @@ def test_the_commands_resolve(run):
     assert settings.warmdown_iters == min(round(share * run.steps), run.steps - settings.warmup_iters)  # to its end
     assert settings.min_lr_fraction == (0 if run.name.endswith("floor_0") else 0.1)
     often = run.kind in ("full", "ladder") or root(run.name) in fast.LADDER
-    assert settings.val_loss_every == (100 if run.name == "d12" else 50 if often else 0)
+    every = 100 if run.name == "d12" else 200 if run.name.startswith("long") else 50 if often else 0
+    assert settings.val_loss_every == every
 
 
 def test_each_rung_is_one_change_and_the_last_of_the_preset_is_the_preset():

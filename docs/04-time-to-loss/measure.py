@@ -38,7 +38,7 @@ HALF = "--batch_size 32 --total_batch_size 32768 --num_iterations 908"
 IN_ORDER = "--no_shuffle"
 D12 = "--model d12 --learning_rate {learning_rate} --warmup_iters {warmup_iters}"
 FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --learning_rate {learning_rate}"
-LONG = "--num_iterations 1200"  # 79 M tokens
+LONG = "--num_iterations 1200 --val_loss_every 200"  # 79 M tokens
 SIMPLER = "--softmax_scale 0 --no_cautious_weight_decay"
 TIED = "--tie_embeddings --embd_init_std 0.02 --value_init_std 1 --embedding_lr 0"  # and a --value_lr
 # What of the preset is not in the words of a run below, so that a record stays true when the preset changes.
