@@ -39,10 +39,11 @@ def nodes_of(x):
 
 # Without MLA: on the CPU its unequal heads take another kernel, which keeps the scores.
 @pytest.mark.parametrize("preset, changes", [
-    ("d12_gqa", {}), ("gpt2", {}), ("sized", dict(precision="fp8")), ("d12", dict(gradient_checkpointing=True)),
+    ("d12_gqa", {}), ("d12", dict(gradient_checkpointing=True)),
     *(pytest.param(preset, changes, marks=pytest.mark.slow) for preset, changes in (
-        ("d12", {}), ("d12_post_norm", {}), ("d12_post_norm_qk_norm", {}), ("d12_swiglu", {}), ("sized", {}),
-        ("d12", dict(mlp="relu2")), ("d12", dict(precision="fp8")), ("d12_fast", dict(value_embeddings=0)))),
+        ("gpt2", {}), ("sized", dict(precision="fp8")), ("d12", {}), ("d12_post_norm", {}), ("d12_swiglu", {}),
+        ("d12_post_norm_qk_norm", {}), ("sized", {}), ("d12", dict(mlp="relu2")), ("d12", dict(precision="fp8")),
+        ("d12_fast", dict(value_embeddings=0)), ("d12", dict(attention_gate=12)))),
 ])
 def test_a_block_keeps_what_the_plan_says(preset, changes):
     shape = dict(n_embd=64, n_head=4, ffn_hidden=160, dropout=0.0, precision="bf16")
