@@ -75,6 +75,8 @@ MOST_ROLLBACKS = 3  # to one checkpoint
 MEMORY_SHARE = 0.9  # of the free memory, which --batch_size auto fills by the plan
 IGNORED = -1  # a target that counts neither in the loss nor in its mean
 LARGEST = 10**12  # of a whole number anywhere: what is above it is a slip, and would overflow somewhere
+JOINING = datetime.timedelta(minutes=5)  # that the processes have to come together
+PATIENCE = datetime.timedelta(minutes=10)  # that one then waits for another, which may be writing a checkpoint
 WANDB_PATIENCE = 60  # seconds that W&B has to start, and to send its last records
 TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
 PROFILED_STEPS = 3  # after those
@@ -455,6 +457,11 @@ class TrainConfig:
     log_every: int = option(10, "steps between lines on the console (the log file and metrics.jsonl have every step)")
     log_stats: int = option(0, "every so many steps log each layer's norms, update ratio and activation RMS; 0: never")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    parallel: str = option(
+        "ddp", "what several processes do: each has the whole network, or a share of it and of the optimizer's state",
+        choices=("ddp", "fsdp"),
+    )
+    gradient_dtype: str = option("fp32", "type in which the processes add their gradients up", choices=("fp32", "bf16"))
     compile: bool = option(None, "torch.compile the model (unset: on CUDA)", aliases=("use_compile",))
     compile_mode: str = option(
         "default", "how long torch.compile may search for speed; reduce-overhead takes CUDA graphs",
@@ -735,6 +742,26 @@ def rule_kernels(fields, typed, machine):
     return {}, None
 
 
+NOT_WITH_FSDP = (  # the field, the values that do not combine with it, why
+    ("device", ("mps",), "torch has no such processes on an Apple GPU"),
+    ("compile_mode", ("reduce-overhead", "max-autotune"), "CUDA graphs want weights that stay where they are"),
+)
+
+
+def rule_parallel(fields, typed, machine):
+    """One process that goes on for several has nothing to share."""
+    several, meant = machine.world_size > 1, dict(parallel="fsdp", gradient_dtype="bf16")
+    for name, value in meant.items():
+        require(several or typed.get(name) != value, f"{name}={value} is for several processes, and this run is one; "
+                "launch it with torchrun, or drop it")
+    if not several:
+        return {name: getattr(TrainConfig, name) for name, value in meant.items() if fields[name] == value}, None
+    for name, values, why in NOT_WITH_FSDP if fields["parallel"] == "fsdp" else ():
+        value = machine.device_type if name == "device" else fields[name]
+        require(value not in values, f"{name}={value} with parallel=fsdp: {why}; drop one of the two")
+    return {}, None
+
+
 def rule_optimizer(fields, typed, machine):
     """Flags of an optimizer that this run does not have are refused; what a preset says of it does not count."""
     defaults = field_defaults(TrainConfig)
@@ -827,7 +854,8 @@ def rule_batch_size(fields, typed, machine):
     room, row_tokens = MEMORY_SHARE * machine.memory, T * world
 
     def needed(size, training):
-        run = TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=max(1, tokens // (size * T)))
+        run = TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=max(1, tokens // (size * T)),
+                          parallel=fields["parallel"])
         return sum(memory_plan(config, run, model, world, training).values())
 
     most = min(tokens // row_tokens, LARGEST_BATCH)
@@ -880,6 +908,7 @@ RULES = (
     (rule_positions, ()),
     (rule_precision, ()),
     (rule_kernels, ()),
+    (rule_parallel, ()),
     (rule_optimizer, ()),
     (rule_checkpoints, ()),
     (rule_vocabulary, ()),
@@ -1067,18 +1096,24 @@ class World:
         if self.size > 1:
             require("MASTER_ADDR" in os.environ, f"WORLD_SIZE={self.size} without MASTER_ADDR; launch with torchrun")
             cuda, place, attempt = self.device.type == "cuda", dict(init_method="env://"), None
-            if os.environ.get("LOCAL_WORLD_SIZE") == str(self.size) and "TORCHELASTIC_RESTART_COUNT" in os.environ:
-                # After a restart torchrun's store on one machine still holds the addresses of the processes that died,
-                # and the new ones dial them (github.com/pytorch/pytorch/issues/135712): each attempt gets its own keys.
+            here = os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
+            if here and "TORCHELASTIC_RESTART_COUNT" in os.environ:
+                # After a restart torchrun's store still holds the addresses of the processes that died, and the new
+                # ones dial them (github.com/pytorch/pytorch/issues/135712): each attempt on a machine has its own keys.
                 attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
+            restarts, shared = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), "TORCHELASTIC_USE_AGENT_STORE"
+            require(here or restarts == "0" or os.environ.get(shared) != "True", f"max_restarts={restarts} of torchrun "
+                    "on several machines: none would succeed; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for all of them")
             try:
                 if attempt:
-                    store, rank, size = next(dist.rendezvous("env://"))
+                    store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
                     place = dict(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
-                dist.init_process_group("nccl" if cuda else "gloo", device_id=self.device if cuda else None, **place)
+                dist.init_process_group("nccl" if cuda else "gloo", timeout=JOINING,
+                                        device_id=self.device if cuda else None, **place)
             except (RuntimeError, ValueError) as e:
                 raise LostError(f"the {self.size} processes did not all come together ({first_line(e)}); see what the "
-                                "others say, or check torchrun's --nnodes and --rdzv_endpoint") from e
+                                "others say, or check torchrun's --nnodes and --rdzv_endpoint, and that "
+                                "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network between the hosts") from e
         return self
 
     def __exit__(self, kind, error, trace):
@@ -1088,6 +1123,17 @@ class World:
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def compare(self, mine):
+        """Raise ConfigError where a process has not what the first one has, {name: text}."""
+        (first_host, first), *others = self.gather((platform.node(), mine))
+        for rank, (host, theirs) in enumerate(others, 1):
+            unlike = [f"{name} is {theirs.get(name, 'not there')}, not {first.get(name, 'there')}"
+                      for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
+            require(not unlike, f"process {rank} on {host} is not like process 0 on {first_host}: {'; '.join(unlike)}; "
+                    "give all of them the same script, torch, shards and flags")
+        if self.size > 1:
+            dist.distributed_c10d._set_pg_timeout(PATIENCE)
 
     def sum(self, tensor):
         """Sum over the processes, in place."""
@@ -1587,7 +1633,7 @@ def window_mask(T, window, device, documents=None, block_mask=None):
         return near if documents is None else near & (documents[b, q] == documents[b, k])
 
     if block_mask:
-        return block_mask(seen, len(documents), None, T, T, device=device)
+        return block_mask(seen, None if documents is None else len(documents), None, T, T, device=device)
     if documents is None and device.type == "cuda" and torch.compiler.is_compiling():
         return create_block_mask(seen, None, None, T, T, device=device)
     q, k = torch.arange(T, device=device)[:, None], torch.arange(T, device=device)
@@ -1816,8 +1862,9 @@ class GPT(nn.Module):
         self.mtp_blocks = nn.ModuleDict({str(k): Block(config, config.n_layer) for k in own})
         # A buffer, not a number: a compiled graph reads its value at each call, so the ramp compiles nothing anew.
         self.register_buffer("mtp_weight_buffer", torch.tensor(config.mtp_weight), persistent=False)
-        # What parallelize() exchanges: parts of LossSettings; on CUDA create_block_mask, compiled by itself: as a part
-        # of the trunk a mask of documents had strides that FlexAttention did not expect, and failed (torch 2.11).
+        # What parallelize() exchanges: parts of LossSettings; on CUDA create_block_mask, compiled by itself, where the
+        # trunk does not make the mask: as a part of it a mask of documents had strides that FlexAttention did not
+        # expect, and failed (torch 2.11).
         self.loss_parts, self.block_mask = {}, None
         self.start_weights()
 
@@ -1910,7 +1957,7 @@ class GPT(nn.Module):
         """
         offsets = self.config.mtp_offsets if targets_dict is not None else ()
         mask = None
-        if self.block_mask and self.config.document_mask:
+        if self.block_mask:
             mask = window_mask(idx.size(1), self.config.window, idx.device, self.documents(idx), self.block_mask)
         streams = self.trunk(idx, 1 + len(offsets) * bool(self.mtp_blocks), mask)
         logits = self.head(streams[0]) if return_logits else None
@@ -2002,6 +2049,16 @@ def linear(x, weight, bias, fp8):
     return y if bias is None else y + bias.type_as(y)
 
 
+def whole(tensor):
+    """A tensor of which each process has a share, made by all of them together; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def total_norm(tensors):
+    """The 2-norm of all of them, whole."""
+    return whole(nn.utils.get_total_norm(tensors))
+
+
 class Numerics:
     """What precision means to the loop. Weights, gradients and optimizer stay fp32; matrix products run in `dtype`. The
     scaler is real for fp16 and passes everything through otherwise (Micikevicius et al. 2018, arXiv:1710.03740)."""
@@ -2026,12 +2083,12 @@ class Numerics:
         take the verdict as a tensor, so that nobody waits for it; elsewhere the host looks."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self.scaler.is_enabled():  # which looks at the gradients of one optimizer alone
-            bad = ~torch.isfinite(loss) | ~torch.isfinite(nn.utils.get_total_norm(gradients))
+            bad = ~torch.isfinite(loss) | ~torch.isfinite(total_norm(gradients))
             for one in optimizer.each:
                 first = next(p for group in one.param_groups for p in group["params"] if p.grad is not None)
                 first.grad.masked_fill_(bad, math.inf)
                 self.scaler.unscale_(one)
-        grad_norm = nn.utils.get_total_norm(gradients)
+        grad_norm = total_norm(gradients)
         if grad_clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, grad_clip, grad_norm)
         finite = torch.isfinite(grad_norm) & torch.isfinite(loss)
@@ -2259,6 +2316,16 @@ def longer_sides(p, parts):
     return [max(rows, p.size(1)) for rows in parts]
 
 
+def gathered(share, length, dim):
+    """A tensor of some length along a dimension, of which each process has the next -(-length // processes)."""
+    size = dist.get_world_size()
+    missing = -(-length // size) - share.size(dim)
+    share = torch.cat([share, share.new_zeros(*share.shape[:dim], missing, *share.shape[dim + 1 :])], dim)
+    every = [torch.empty_like(share) for _ in range(size)]
+    dist.all_gather(every, share)
+    return torch.cat(every, dim).narrow(dim, 0, length)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): each update is Nesterov's momentum, orthogonalised,
     times sqrt(max(1, rows / columns)). The arithmetic and the defaults are those of torch.optim.Muon; with beta2 it is
@@ -2266,6 +2333,7 @@ class Muon(torch.optim.Optimizer):
 
     group["parts"] says for each parameter of how many rows the matrices are that lie in it one below the other. All
     matrices of one shape, or its transpose, are updated together; of several processes each orthogonalises its share.
+    Of sharded parameters each process has some rows, and of their momentum; see step_of_shards().
     `found_inf`, a tensor, if it is set: where it is not 0, weights and momentum stay.
     """
 
@@ -2279,19 +2347,22 @@ class Muon(torch.optim.Optimizer):
     def state_like(self, group, i):
         """What is kept of a group's parameter, as tensors of the shape."""
         p, parts = group["params"][i].detach(), group["parts"][i]
-        squares = dict(square_buffer=p.new_empty(sum(longer_sides(p, parts)))) if group["beta2"] else {}
-        return dict(momentum_buffer=p, **squares)
+        squares = torch.empty(sum(longer_sides(p, parts)), dtype=p.dtype, device=p.device)
+        return dict(momentum_buffer=p, **(dict(square_buffer=squares) if group["beta2"] else {}))
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            shapes = collections.defaultdict(list)
+            shapes, shards = collections.defaultdict(list), collections.defaultdict(list)
             for i, (p, parts) in enumerate(zip(group["params"], group["parts"])):
                 if p.grad is None:
                     continue
                 if not self.state[p]:
                     like = self.state_like(group, i)
                     self.state[p].update({name: torch.zeros_like(tensor) for name, tensor in like.items()})
+                if hasattr(p, "full_tensor"):
+                    shards[p.shape, tuple(parts)].append(p)
+                    continue
                 mean, squares = self.state[p]["momentum_buffer"], [None] * len(parts)
                 if group["beta2"]:
                     squares = self.state[p]["square_buffer"].split(longer_sides(p, parts))
@@ -2302,23 +2373,60 @@ class Muon(torch.optim.Optimizer):
                     shapes[weight.shape].append((weight, gradient, mean_part, square, factor))
             for matrices in shapes.values():
                 self.update(group, *zip(*matrices))
+            for (_, parts), params in shards.items():
+                self.step_of_shards(group, params, parts)
 
     def update(self, group, weights, gradients, means, squares, factors):
         """One step of matrices of one shape."""
-        weight, gradient, mean = map(torch.stack, (weights, gradients, means))
-        skipped = weight.new_zeros(()) if self.found_inf is None else self.found_inf
-        lr, momentum = (torch.tensor(group[name]) for name in ("lr", "momentum"))  # numbers would be compiled anew
+        skipped = weights[0].new_zeros(()) if self.found_inf is None else self.found_inf
         if factors not in self.factors:
-            self.factors[factors] = weight.new_tensor(factors).view(-1, 1, 1)
+            self.factors[factors] = weights[0].new_tensor(factors).view(-1, 1, 1)
+        self.apply(group, weights, gradients, means, self.factors[factors], skipped,
+                   lambda update: self.direction(group, update, squares, skipped))
+
+    def apply(self, group, weights, gradients, means, factors, skipped, direction):
+        """The momentum of some tensors of one shape, what direction() makes of the update, the weights."""
+        weight, gradient, mean = map(torch.stack, (weights, gradients, means))
+        lr, momentum = (torch.tensor(group[name]) for name in ("lr", "momentum"))  # numbers would be compiled anew
         update, mean = self.momentum_step(gradient, mean, momentum, skipped)
+        update = direction(update)
+        weight = self.updated(weight, update, factors, lr, group["weight_decay"], group["cautious"], skipped)
+        torch._foreach_copy_(weights, weight.unbind())
+        torch._foreach_copy_(means, mean.unbind())
+
+    def direction(self, group, update, squares, skipped):
+        """What the update (n, a, b), a <= b, becomes: orthogonalised and, with beta2, evened."""
         update = self.by_all(update)
         if group["beta2"]:
             update, square = self.evened(update, torch.stack(squares), group["beta2"], skipped)
             torch._foreach_copy_(squares, square.unbind())
-        weight = self.updated(weight, update, self.factors[factors], lr, group["weight_decay"],
-                              group["cautious"], skipped)
-        torch._foreach_copy_(weights, weight.unbind())
-        torch._foreach_copy_(means, mean.unbind())
+        return update
+
+    def step_of_shards(self, group, params, parts):
+        """One step of sharded parameters of one shape. Their momentum is a share like theirs; the update is gathered
+        whole, in the type of its products, for this shape alone: on top of what update() sends, as much once more."""
+        local = [[z.to_local() for z in each] for each in (
+            params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params])]
+        rows, columns = params[0].shape
+        first, mine = dist.get_rank() * -(-rows // dist.get_world_size()), len(local[0][0])
+        skipped = local[0][0].new_zeros(()) if self.found_inf is None else self.found_inf
+        if (parts, columns) not in self.factors:
+            of_rows = [math.sqrt(max(1.0, count / columns)) for count in parts for _ in range(count)]
+            self.factors[parts, columns] = local[0][0].new_tensor(of_rows[first : first + mine]).view(1, -1, 1)
+
+        def direction(update):
+            update = gathered(update.bfloat16() if update.is_cuda else update, rows, 1)
+            squares, directed = [[None] * len(params)] * len(parts), []
+            if group["beta2"]:
+                each = [self.state[p]["square_buffer"].split(longer_sides(p, parts)) for p in params]
+                squares = list(zip(*each))
+            for z, square in zip(update.split(parts, 1), squares):
+                tall = z.size(1) > z.size(2)
+                z = self.direction(group, z.mT if tall else z, square, skipped)
+                directed.append(z.mT if tall else z)
+            return torch.cat(directed, 1)[:, first : first + mine]
+
+        self.apply(group, *local, self.factors[parts, columns], skipped, direction)
 
     def by_all(self, update):
         """The update orthogonalised, each process a share of its matrices."""
@@ -2326,11 +2434,7 @@ class Muon(torch.optim.Optimizer):
         if size == 1:
             return orthogonalized(update)
         share, rank = -(-len(update) // size), dist.get_rank()
-        mine = orthogonalized(update[rank * share : (rank + 1) * share])
-        mine = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])
-        every = [torch.empty_like(mine) for _ in range(size)]
-        dist.all_gather(every, mine)
-        return torch.cat(every)[: len(update)]
+        return gathered(orthogonalized(update[rank * share : (rank + 1) * share]), len(update), 0)
 
 
 class Optimizers:
@@ -2567,6 +2671,17 @@ class TokenShards:
         return np.concatenate(pieces).astype(np.int64)
 
 
+def description(pattern):
+    """What a pattern's shards are by their names, sizes and headers, which takes no time, as a short text."""
+    sha256, size, path = hashlib.sha256(), 0, os.path.expanduser(pattern)
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
+    for file in files:
+        with contextlib.suppress(OSError), open(file, "rb") as f:  # who cannot read it says so later
+            sha256.update(f"{os.path.basename(file)} {os.fstat(f.fileno()).st_size}".encode() + f.read(16))
+            size += os.fstat(f.fileno()).st_size
+    return f"{len(files)} files of {size:,} bytes ({sha256.hexdigest()[:8]})"
+
+
 def to_device(rows, T, lookahead, device):
     """Rows (B, T + lookahead) as inputs (B, T) and {"target_k": (B, T)} on the device, copied without waiting."""
     rows = torch.from_numpy(rows)
@@ -2664,18 +2779,20 @@ class DistributedDataLoader:
         return np.stack([self.shards.read(int(number) * self.T, width) for number in numbers])
 
 
-def validation_batches(shards, run, lookahead, world):
+def validation_batches(shards, run, lookahead, world, together=False):
     """The first val_tokens targets (or all there are) as consecutive windows of T without overlap: this process's
-    batches as (inputs, targets, number of next-token targets), all of one shape, filled up with IGNORED targets."""
+    batches as (inputs, targets, number of next-token targets), all of one shape, filled up with IGNORED targets. Where
+    all take part in each forward pass together, some have a last one of no targets that count."""
     B, T = run.val_batch_size or run.batch_size, run.sequence_length
     targets = min(run.val_tokens, shards.total - 1)
-    for start in range(world.rank * B * T, targets, world.size * B * T):
-        rows = np.full((B, T + lookahead), IGNORED, dtype=np.int64)
+    end = targets + (-targets % (world.size * B * T) if together else 0)
+    for start in range(world.rank * B * T, end, world.size * B * T):
+        rows = np.full((B, T + lookahead), IGNORED if start < targets else 0, dtype=np.int64)
         for i, first in enumerate(range(start, min(start + B * T, targets), T)):
-            end = first + T + lookahead if first + T <= targets else targets + 1
-            tokens = shards.read(first, min(end, shards.total) - first)
+            last = first + T + lookahead if first + T <= targets else targets + 1
+            tokens = shards.read(first, min(last, shards.total) - first)
             rows[i, : len(tokens)] = tokens
-        yield *to_device(rows, T, lookahead, world.device), min(start + B * T, targets) - start
+        yield *to_device(rows, T, lookahead, world.device), max(0, min(start + B * T, targets) - start)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2694,32 +2811,69 @@ def why_no_compile(device):
     return None
 
 
+def placed(model, config, run, world):
+    """The model on the device of this process; with fsdp its share (FSDP2, Zhao et al. 2023, arXiv:2304.11277): of each
+    parameter, and so of its gradient and of the optimizer's state, some rows. A block's weights are whole while it
+    computes, and come in the type of products, but for float8, which is made of fp32. What lies outside the blocks is
+    whole from the forward pass to the end of the backward, since the loss reads the head's matrix itself; it stays
+    fp32, as its gradients' sums are."""
+    if run.parallel == "ddp":
+        return model.to(world.device)
+    from torch.distributed.device_mesh import init_device_mesh  # seconds that others need not wait
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    as_kept = config.precision in ("fp32", "fp8")
+    products = None if as_kept else Numerics(config.precision, world.device).dtype
+    reduced = torch.bfloat16 if run.gradient_dtype == "bf16" else torch.float32 if products else None
+    policy = partial(MixedPrecisionPolicy, reduce_dtype=reduced, cast_forward_inputs=False)
+    for block in (*model.transformer.h, *model.mtp_blocks.values()):
+        fully_shard(block, mesh=mesh, mp_policy=policy(param_dtype=products))
+    return fully_shard(model, mesh=mesh, mp_policy=policy(), reshard_after_forward=False)
+
+
+def averaged_in_bf16(processes, bucket):
+    """DDP's communication hook for gradient_dtype=bf16: torch's own is for NCCL alone."""
+    gradients = bucket.buffer()
+    mean = dist.all_reduce(gradients.bfloat16().div_(processes), async_op=True).get_future()
+    return mean.then(lambda done: gradients.copy_(done.value()[0]))
+
+
 def parallelize(model, run, world, log, optimizer=None):
     """Compile the model's parts in place (so that its state_dict keeps its names), and Muon's, and wrap the model for
-    the processes there are."""
+    the processes there are. With fsdp each block is compiled by itself, between the moments when its weights come and
+    go."""
     wanted = run.compile if run.compile is not None else world.device.type == "cuda"
     reason = why_no_compile(world.device) if wanted else None
     if reason:
         log.text(f"torch.compile does not work here, training goes on uncompiled and slower: {reason}")
     elif wanted:
-        model.trunk = torch.compile(model.trunk, dynamic=False, mode=run.compile_mode)
+        for part, name in ([(model, "trunk")] if run.parallel == "ddp" else
+                           [(block, "forward") for block in (*model.transformer.h, *model.mtp_blocks.values())]):
+            setattr(part, name, torch.compile(getattr(part, name), dynamic=False, mode=run.compile_mode))
         model.loss_parts = {f.__name__: torch.compile(f, dynamic=False) for f in (Float8Product.scaled, multiplied)}
         for one in optimizer.each if optimizer and world.device.type == "cuda" else ():
             if isinstance(one, Muon):
                 parts = (momentum_step, updated, evened)
                 one.momentum_step, one.updated, one.evened = (torch.compile(f, dynamic=False) for f in parts)
         if world.device.type == "cuda":
-            model.block_mask = torch.compile(create_block_mask, dynamic=False)
+            if model.config.document_mask or run.parallel == "fsdp":
+                model.block_mask = torch.compile(create_block_mask, dynamic=False)
             try:
                 fused = fused_softmax_losses(world.device)
                 model.loss_parts.update(softmax_losses=fused, logits_at_once=FUSED_LOGITS_AT_ONCE)
             except Exception as e:  # as for torch.compile: what is wrong shows only now
                 log.text(f"the loss takes several kernels, and more time: {first_line(e)}")
-    if world.size == 1:
+    if world.size == 1 or run.parallel == "fsdp":
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 means to rename broadcast_buffers
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # No static_graph: torch 2.13 fails an assertion where the first micro-batch is not to be averaged, and without
+        # accumulation it gives the same bits.
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if run.gradient_dtype == "bf16":
+        wrapped.register_comm_hook(world.size, averaged_in_bf16)
+    return wrapped
 
 
 @contextlib.contextmanager
@@ -2780,8 +2934,10 @@ def attention_kernel(config, run, world):
     return context, f"attention kernel: {choice.name.lower().replace('_attention', '')}"
 
 
-def gradient_sync(model, wanted):
+def gradient_sync(model, run, wanted):
     """A context in which backward averages the gradients over the processes, or (not wanted) leaves them local."""
+    if hasattr(model, "set_requires_gradient_sync"):  # which leaves them in gradient_dtype: sums need fp32
+        model.set_requires_gradient_sync(wanted or run.gradient_dtype == "bf16")
     local = not wanted and isinstance(model, DistributedDataParallel)
     return model.no_sync() if local else contextlib.nullcontext()
 
@@ -2825,8 +2981,9 @@ class TrainState:
         return same and all(streams) and is_like(moments, like)
 
     def load_state_dict(self, state, world):
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state(state["optimizer"]["state"])  # the groups are by the flags of now
+        self.model.load_state_dict(shared_like(state["model"], self.model.state_dict()))
+        moments = shared_like(state["optimizer"]["state"], self.optimizer.state_like())
+        self.optimizer.load_state(moments)  # the groups are by the flags of now
         if state["scaler"]:  # else the checkpoint is of another precision, and the scale begins anew
             self.numerics.scaler.load_state_dict(state["scaler"])
         self.loader.load_state_dict(state["loader"])
@@ -2837,6 +2994,18 @@ class TrainState:
             torch.set_rng_state(cpu)
             if cuda and world.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda[0])
+
+
+def shared_like(value, like):
+    """Nested content with this process's share of the tensors that another has sharded."""
+    if isinstance(value, dict):
+        return {key: shared_like(item, like[key]) for key, item in value.items()}
+    if not hasattr(like, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    share = distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return share.clone()  # or it would keep the whole
 
 
 def is_like(value, like):
@@ -2981,10 +3150,10 @@ class Saver:
             return
         self.saved_step, self.mark = state.step, time.monotonic()
         content = dict(state.state_dict(self.world), **self.settings)
-        if not self.world.is_main:
-            return
         self.finish()
         content = self.copy(content)
+        if not self.world.is_main:
+            return
         self.world.synchronize()
         self.waited = time.monotonic() - self.mark
         path = self.folder / f"step{state.step:06d}.pt"
@@ -2992,7 +3161,7 @@ class Saver:
 
     def copy(self, value, place="", done=None):
         """Nested values with their tensors in host memory, where each place has its own for the whole run. What shares
-        memory shares its copy."""
+        memory shares its copy. Each process gives its share of what is sharded, and the first one has the copy."""
         done = {} if done is None else done
         if isinstance(value, dict):
             return {key: self.copy(item, f"{place}/{key}", done) for key, item in value.items()}
@@ -3000,12 +3169,13 @@ class Saver:
             return type(value)(self.copy(item, f"{place}/{i}", done) for i, item in enumerate(value))
         if not isinstance(value, torch.Tensor):
             return value
-        same = value.data_ptr(), value.shape
-        if same not in done:
+        same = getattr(value, "_local_tensor", value).data_ptr(), value.shape
+        value = whole(value)
+        if same not in done and self.world.is_main:
             if place not in self.copies:
                 self.copies[place] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
             done[same] = self.copies[place].copy_(value, non_blocking=True)
-        return done[same]
+        return done.get(same)
 
     def write(self, path, content):
         """In the background: the file, and what it makes superfluous. Gives the seconds it took."""
@@ -3190,8 +3360,9 @@ def evaluate(model, shards, config, run, world, numerics, signals=None):
     exact = torch.float32 if world.device.type == "mps" else torch.float64
     sums = torch.zeros(4, dtype=exact, device=world.device)
     model.eval()
-    for x, targets, count in validation_batches(shards, run, config.lookahead, world):
-        if signals and signals.asked:
+    together = run.parallel == "fsdp"  # and nobody can leave
+    for x, targets, count in validation_batches(shards, run, config.lookahead, world, together):
+        if signals and signals.asked and not together:
             sums[3] = 1
             break
         with numerics.autocast():
@@ -3348,6 +3519,18 @@ def layers_of(model):
     return layers
 
 
+@contextlib.contextmanager
+def whole_outside_blocks(model):
+    """For a part of the model, which sharded makes whole only itself and its blocks; uncompiled."""
+    if not hasattr(model, "unshard"):
+        yield
+        return
+    model.unshard()
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    model.reshard()
+
+
 @torch.no_grad()
 def activation_rms(model, idx, numerics):
     """{layer: the root mean square of the stream that the block gives}, tensors, for sequences idx (B, T), without
@@ -3356,7 +3539,7 @@ def activation_rms(model, idx, numerics):
     hooks = [block.register_forward_hook(lambda *args, layer=layer: found.update({
         f"h.{layer}": args[-1].float().square().mean().sqrt()})) for layer, block in enumerate(model.transformer.h)]
     try:
-        with numerics.autocast():
+        with numerics.autocast(), whole_outside_blocks(model):
             GPT.trunk(model.eval(), idx)
     finally:
         model.train(training)
@@ -3371,7 +3554,7 @@ def layer_statistics(state, idx, wanted):
     norm of its gradient before clipping, that of its weights and of their change as a share of it, and the RMS of the
     stream behind it for the sequences idx (B, T). They change nothing that is trained; the host waits for fp16's scale
     alone."""
-    found, norm = {}, nn.utils.get_total_norm
+    found, norm = {}, total_norm
     if not wanted:
         yield found
         return
@@ -3398,7 +3581,7 @@ def train_step(model, state, row, run, world, asked):
     loss = 0.0
     for micro in range(micro_steps):
         x, targets = state.loader.next_batch()
-        with gradient_sync(model, wanted=micro == micro_steps - 1):
+        with gradient_sync(model, run, wanted=micro == micro_steps - 1):
             with state.numerics.autocast():
                 _, micro_loss = model(x, targets, return_logits=False)
             state.numerics.backward(micro_loss / micro_steps)
@@ -3616,32 +3799,40 @@ def kept_by_block(config):
 
 def memory_plan(config, run, model, world_size=1, training=True):
     """Bytes on one GPU at the peak of compiled training (else of validation, run.batch_size being that of its batch),
-    by part: what is there with the first part of the logits. What a parameter needs follows from fp32 and AdamW, what
-    a token needs from kept_by_block(); the head has a part of the logits, the gradients of x and of its matrix, and the
-    matrix itself in the type of products. Gradients of a single micro-batch come as activations go."""
+    by part: what is there with the first part of the logits. What a parameter needs follows from fp32 and AdamW (with
+    fsdp shared out), what a token needs from kept_by_block(); the head has a part of the logits, the gradients of x and
+    of its matrix, and the matrix itself in the type of products. Gradients of a single micro-batch come as activations
+    go."""
     parameters, tokens = model.parameter_count(), run.batch_size * run.sequence_length
+    shares = world_size if run.parallel == "fsdp" else 1
     muons = sum(p.numel() for p in parameter_groups(model)["matrices"]) if run.optimizer == "muon" else 0
-    moments = 8 * parameters - 4 * muons
+    moments = (8 * parameters - 4 * muons) // shares
     half, stream = 4 if config.precision == "fp32" else 2, 4 if config.precision in ("fp32", "fp16") else 2
     rows = next(parts_of(tokens, FUSED_LOGITS_AT_ONCE // config.vocab_size))
     logits = (rows.stop - rows.start) * config.vocab_size * (half + (config.precision in FLOAT8_HEADS) * training)
     blocks, block = config.n_layer + len(model.mtp_blocks), tokens * kept_by_block(config)
+    weights = 4 * parameters // shares
+    if shares > 1:  # and whole: what is outside the blocks, the block that computes, and the one that comes
+        inside = sum(p.numel() for part in (model.transformer.h, model.mtp_blocks) for p in part.parameters())
+        weights += 4 * (parameters - inside) + 2 * (4 if config.precision == "fp8" else half) * inside // blocks
     matrix, heads = model.lm_head.weight.numel(), 1 + len(model.mtp_blocks)  # of each a gradient waits for backward()
     streams = heads * tokens * config.n_embd * half * (2 if training else 1)
     # Where the logits go, the gradient of the matrix comes once more, scaled.
     head = max(logits, 4 * matrix * training) + streams + matrix * (half + 4 * heads * training)
     if not training:  # one block at a time, and nothing is kept for later
-        return dict(weights=4 * parameters, gradients=0, optimizer=moments, activations=block, head=head)
+        return dict(weights=weights, gradients=0, optimizer=moments, activations=block, head=head)
     mixed = 3 * config.value_embeddings * config.n_kv_head * config.head_dim * half  # the rows, and v in two blocks
     begun = config.n_embd * (config.embd_norm * stream + 3 * half * ("embedding" in config.smears))
     kept, casts = blocks * block + tokens * (mixed + begun), 0
     if config.gradient_checkpointing:
         kept = blocks * tokens * config.n_embd * stream + max(0, block - logits)
-    elif config.precision not in ("fp32", "fp8"):  # each micro-batch keeps the blocks' matrices in the type of products
+    elif config.precision not in ("fp32", "fp8") and shares == 1:
+        # Each micro-batch keeps the blocks' matrices in the type of products; sharded they come in it.
         casts = half * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
-    waiting = 0 if run.grad_accumulation_steps > world_size else kept + head
-    return dict(weights=4 * parameters + casts, gradients=max(0, 4 * parameters - waiting), optimizer=moments,
-                activations=kept, head=head)
+    several = run.grad_accumulation_steps > world_size  # whose sum stays whole until the last; see gradient_sync()
+    several = several and (shares == 1 or run.gradient_dtype == "fp32")
+    gradients = 4 * parameters if several else max(0, 4 * parameters // shares - kept - head)
+    return dict(weights=weights + casts, gradients=gradients, optimizer=moments, activations=kept, head=head)
 
 
 def parameters_by_part(model):
@@ -3805,7 +3996,7 @@ def start_run(typed, world, origin):
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     model = GPT(config)
     model.rotary.build(run.sequence_length)
-    model.to(world.device)
+    model = placed(model, config, run, world)
     if config.dropout:
         torch.manual_seed(run.seed + 1 + world.rank)  # each process drops others
     numerics = Numerics(config.precision, world.device)
@@ -3819,7 +4010,7 @@ def start_run(typed, world, origin):
         elif origin.content:
             if not is_like(origin.content["model"], model.state_dict()):
                 raise ValueError(origin.path)
-            model.load_state_dict(origin.content["model"])
+            model.load_state_dict(shared_like(origin.content["model"], model.state_dict()))
             notes.append(f"weights from {origin.path}")
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:  # other names, shapes, kinds
         raise DataError(f"{origin.path} does not hold the state of a run of its own network; name another") from e
@@ -3848,6 +4039,11 @@ def run_training(typed):
     resolve(typed, world.machine(settings.get("vocab_size", 1)), origin.base)
     deterministic = deterministic_algorithms(settings.get("deterministic", TrainConfig.deterministic))
     with world, deterministic, own_words_for_failures(world):
+        mine = {f"--{name}": str(value) for name, value in typed.items()}
+        for name in ("input_bin", "input_val_bin"):  # which may lie elsewhere
+            mine[f"--{name}"] = description(settings.get(name, getattr(TrainConfig, name)))
+        code = hashlib.sha256(source().encode()).hexdigest()
+        world.compare(dict(mine, torch=str(torch.__version__), script=code[:8]))
         found = world.gather(origin.path and (origin.path.name, origin.content["step"] if origin.resumed else 0))
         if len(set(found)) > 1:
             raise DataError(f"the processes start from different files ({', '.join(map(str, found))}); give all the "

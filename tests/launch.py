@@ -94,10 +94,10 @@ def one_process(*command, cwd=None, seconds=120, **environment):
                           env={**kept, "OMP_NUM_THREADS": "1", **environment}, stdin=subprocess.DEVNULL)
 
 
-def torchrun(program, *flags, processes=2, cwd=None):
+def torchrun(program, *flags, processes=2, cwd=None, seconds=120):
     """A program in some processes on this machine, under torchrun."""
     return one_process(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                       program, *flags, cwd=cwd)
+                       program, *flags, cwd=cwd, seconds=seconds)
 
 
 def records(folder):

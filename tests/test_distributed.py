@@ -1,15 +1,20 @@
 """Two processes under torchrun, with gloo, train what one process trains."""
+import json
 import math
 import os
+import platform
 import re
+import shutil
+import socket
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import train_gpt2_mod as script
-from launch import (ROOT, SCRIPT, assert_same, checkpoints, column, content_of, error_lines, records, runs_in,
-                    snapshot, some_tokens, steps, torchrun, validations, write_shard)
+from launch import (ROOT, SCRIPT, assert_same, checkpoints, column, content_of, error_lines, one_process, records,
+                    runs_in, snapshot, some_tokens, steps, torchrun, validations, write_shard)
 
 # Half of four micro-batches each; a last validation batch that only one process has, and it in part.
 FOUR = ["--grad_accumulation_steps", "4", "--mtp_enabled", "--mtp_rampup_steps", "4", "--save_every", "3"]
@@ -216,3 +221,82 @@ def test_shards_that_one_process_cannot_read_any_more_end_both_saved(trainer, tm
     assert checkpoints(folder) == [f"step00000{last}.pt"] and 4 <= last <= 5
     assert trainer.main("--resume", folder).code == 0
     assert column(steps(folder), "step") == list(range(1, 11))
+
+
+UNLIKE = f"""
+import json, os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import train_gpt2_mod as script
+
+second, codes = os.environ["RANK"] == "1", []
+version, source = torch.__version__, script.source
+for number, (what, flags) in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # keys of its own in torchrun's store
+    torch.__version__ = version + "1" if second and what == "torch" else version
+    script.source = (lambda: source() + "#") if second and what == "script" else source
+    codes.append(script.main(sys.argv[2:] + flags * second))
+print("exit codes:", codes)
+"""
+
+
+def test_a_process_unlike_the_first_is_named_before_anything_is_trained(trainer, tmp_path):
+    """One with another torch, script, flag, or shard: of other tokens in the header, size, or name. Not one whose same
+    shards lie elsewhere, which trains."""
+    other, same = tmp_path / "other", tmp_path / "same"
+    shutil.copytree(trainer.data, same)
+    shutil.copytree(trainer.data, other)
+    write_shard(other / "val_000.bin", [0] * 200)
+    write_shard(other / "train_001.bin", [0] * 161)
+    (other / "train_000.bin").rename(other / "train_00.bin")
+    pattern = str(other / "val_*.bin").replace("val", "train")
+    jobs = [("torch", []), ("script", []), ("", ["--seed", "2"]), ("", ["--input_bin", pattern]),
+            ("", ["--input_bin", str(other / "train_00.bin")]), ("", ["--input_bin", str(same / "train_*.bin")])]
+    before, program = snapshot(tmp_path), tmp_path / "unlike.py"
+    program.write_text(UNLIKE)
+    result = torchrun(program, json.dumps(jobs), *trainer.flags(), cwd=tmp_path)
+    assert result.stdout.count("exit codes: [2, 2, 2, 2, 2, 0]") == 2, result.stderr
+    lines, host, size = error_lines(result.stderr), re.escape(platform.node()), 2 * 1024 + 2 * 260
+    version, files = re.escape(torch.__version__), r"files of [\d,]+ bytes \(\w{8}\)"
+    found = (rf"torch is {version}1, not {version}", r"script is \w{8}, not \w{8}", r"--seed is 2, not there",
+             rf"--input_bin is 2 {files}, not 2 files of {size:,} .*", rf"--input_bin is 1 {files}, not 2 {files}")
+    assert len(lines) == len(found)
+    for line, what in zip(lines, found):
+        assert re.fullmatch(rf"error: process 1 on {host} is not like process 0 on {host}: {what}; give all of them "
+                            "the same script, torch, shards and flags", line)
+    assert len(runs_in(trainer.output)) == 1  # of the last
+    assert {k: v for k, v in snapshot(tmp_path).items() if "logs" not in str(k) and k in before} == before
+
+
+def test_shards_are_told_apart_by_names_sizes_and_headers_alone(tmp_path):
+    def described(name, tokens, **header):
+        path = write_shard(tmp_path / name / "a_0.bin", tokens, **header)
+        return script.description(str(path.parent / "a_*.bin"))
+
+    first = described("first", [1, 2, 3])
+    assert first.startswith("1 files of 1,030 bytes (")
+    assert first == described("other tokens", [3, 2, 1])  # which nobody reads here
+    assert len({first, described("longer", [1, 2, 3, 4]), described("vocabulary", [1, 2, 3], vocab_size=256)}) == 3
+    (tmp_path / "first" / "a_0.bin").rename(tmp_path / "first" / "a_1.bin")
+    assert script.description(str(tmp_path / "first" / "a_*.bin")) not in ("", first)
+    assert script.description(str(tmp_path / "none")).startswith("0 files of 0 bytes")
+
+
+def test_processes_that_do_not_come_together_are_told_why(trainer, tmp_path):
+    """The second one never comes."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+    program = tmp_path / "alone.py"
+    program.write_text(f"""
+import datetime, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt2_mod as script
+script.JOINING = datetime.timedelta(seconds=2)
+sys.exit(script.main(sys.argv[1:]))
+""")
+    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    result = one_process(sys.executable, program, *trainer.flags(), cwd=tmp_path, **environment)
+    line, = error_lines(result.stderr)
+    assert result.returncode == 1 and line.startswith("error: the 2 processes did not all come together (")
+    assert "torchrun's --nnodes and --rdzv_endpoint" in line and "GLOO_SOCKET_IFNAME" in line

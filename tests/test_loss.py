@@ -314,7 +314,7 @@ def parallelized(monkeypatch, lines):
     monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     model = script.GPT(small_config())
     world = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"), size=1)
-    run = types.SimpleNamespace(compile=None, compile_mode="default")
+    run = types.SimpleNamespace(compile=None, compile_mode="default", parallel="ddp")
     script.parallelize(model, run, world, types.SimpleNamespace(text=lines.append))
     return model.loss_parts
 

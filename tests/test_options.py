@@ -337,7 +337,8 @@ LATER = {
                 "value_embeddings", "x0_lambdas", "embd_norm", "embd_init_std", "zero_init"),
     "run": ("schedule", "min_lr_fraction", "compile_mode", "attention", "empty_cache_every", "save_every_minutes",
             "keep_last", "nan_policy", "nan_limit", "deterministic", "optimizer", "embedding_lr", "head_lr", "scalar_lr",
-            "muon_lr", "muon_momentum", "momentum_warmup_steps", "cautious_weight_decay", "adam_eps"),
+            "muon_lr", "muon_momentum", "momentum_warmup_steps", "cautious_weight_decay", "adam_eps", "parallel",
+            "gradient_dtype"),
 }
 
 
