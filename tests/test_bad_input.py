@@ -250,8 +250,8 @@ def test_processes_without_an_address(trainer, monkeypatch):
 
 
 def test_restarts_that_could_not_succeed(trainer, monkeypatch):
-    place = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
-                 TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    place = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                 MASTER_PORT="1", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     assert_refused(trainer, trainer.flags(), "max_restarts=3", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
