@@ -2675,7 +2675,7 @@ def description(pattern):
     """What a pattern's shards are by their names, sizes and headers, which takes no time, as a short text."""
     sha256, size, path = hashlib.sha256(), 0, os.path.expanduser(pattern)
     files = [path] if os.path.isfile(path) else sorted(glob.glob(path))
-    for file in files:
+    for file in filter(os.path.isfile, files):  # to open a pipe would wait for who writes into it
         with contextlib.suppress(OSError), open(file, "rb") as f:  # who cannot read it says so later
             sha256.update(f"{os.path.basename(file)} {os.fstat(f.fileno()).st_size}".encode() + f.read(16))
             size += os.fstat(f.fileno()).st_size
