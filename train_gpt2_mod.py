@@ -3241,6 +3241,10 @@ def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
                 "--init_from")
         if not complete or not re.fullmatch(r"\w[\w.-]*", content.get("run_id", "none"), re.ASCII):
             raise DataError(f"{path} is not a checkpoint of this script; name another")
+        unknown = sorted(set(content["network"]) - {f.name for f in dataclasses.fields(GPTConfig)})
+        if unknown:
+            raise DataError(f"{path} holds a network with {', '.join(unknown)}, unknown here; use the program, or the "
+                            "version of it, that trained it")
         content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
         content["run"]["model"]  # all that --init_from needs of it
         if "step" in parts:

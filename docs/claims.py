@@ -374,7 +374,8 @@ DIFFICULTY = {  # as the documents have it, with the time they give; here it is 
                            ("SwiGLU", "`--mlp swiglu --mlp_expansion_factor 8/3`", ["swiglu-loss"])],
     "Hard (1-2 days)": [("Flash attention", "`--attention flash`", ["flash-step-1024"]),
                         ("Grouped-query attention", "`--gqa_enabled`", ["gqa-throughput", "gqa-saves"]),
-                        ("Mixture of experts", "-", []), ("Mamba", "-", [])],
+                        ("Mixture of experts", "`--model d12_moe` of docs/23", []),
+                        ("Mamba", "`--model d12_mamba2` of docs/24", [])],
 }
 # experiment -> (priority, difficulty, impact as the documents expect it, stages, claims, folder)
 STATUS = {
@@ -390,7 +391,8 @@ STATUS = {
     "Multi-token prediction": ("-", "-", "-", "1 and 2", ["mtp-efficiency", "mtp-cost"], "14-mtp"),
     "GQA, MQA, latent attention": ("-", "Hard", "-", "1 only", ["gqa-sooner", "kv-cache"], "15-gqa"),
     "MLP family": ("-", "-", "-", "1 only", ["mlp3x-step", "mlp3x-loss"], "16-mlp-family"),
-    "Mamba": ("Low", "Hard", "Educational", "-", [], ""), "MoE": ("Low", "Hard", "Educational", "-", [], ""),
+    "Mamba": ("Low", "Hard", "Educational", "1 only", [], "24-mamba-2"),
+    "MoE": ("Low", "Hard", "Educational", "1 only", [], "23-mixture-of-experts"),
 }
 # what -> (flag, claims or measures, in words)
 OPTIONS = [
@@ -444,14 +446,13 @@ def index_tables(found, rows):
     made += ["## By difficulty", ""]
     for title, lines in DIFFICULTY.items():
         made += [f"**{title}**, here a flag", "", table(["", "flag", "measured"], [
-            [name, flag, in_brief(found, ids, rows) if ids else "not built"] for name, flag, ids in lines]), ""]
+            [name, flag, in_brief(found, ids, rows)] for name, flag, ids in lines]), ""]
     made += ["## Status", "", "Stage 1 is a run from nothing, stage 2 one that goes on from weights, where what",
              "changes the network is refused, with a line that says so.", ""]
     lines = []
     for name, (priority, difficulty, impact, stages, ids, folder) in STATUS.items():
-        link = f"[{folder}]({folder}/README.md)" if folder else "-"
-        status = "built" if folder else "not built"
-        lines.append([name, status, priority, difficulty, impact, stages, in_brief(found, ids, rows) if ids else "-",
+        link = f"[{folder}]({folder}/README.md)"
+        lines.append([name, "built", priority, difficulty, impact, stages, in_brief(found, ids, rows),
                       link])
     made += [table(["experiment", "status", "priority", "difficulty", "impact expected", "stages", "measured",
                     "folder"], lines)]

@@ -183,6 +183,17 @@ class Exploit:
         return os.mkdir, (str(self.path),)
 
 
+def test_a_network_of_another_program(trainer):
+    """Such as one of docs/23, whose configuration has fields of its own."""
+    whole = trainer.run().folder / "step000006.pt"
+    content = torch.load(whole, weights_only=True)
+    content["network"].update(n_expert=8, experts_per_token=2)
+    path = trainer.output.parent / "another.pt"
+    write_sealed(path, content)
+    for flag in ("--resume", "--init_from"):
+        assert_refused(trainer, [flag, path], path, "a network with experts_per_token, n_expert, unknown here")
+
+
 def test_resume_runs_no_code(trainer, recwarn):
     path, proof = trainer.output.parent / "evil.pt", trainer.output.parent / "the code ran"
     write_sealed(path, dict(format=2, model=Exploit(proof)))
