@@ -1125,15 +1125,15 @@ class World:
             dist.destroy_process_group()
 
     def compare(self, mine):
-        """Raise ConfigError where a process has not what the first one has, {name: text}."""
+        """Raise ConfigError where one of several processes has not what the first one has, {name: text}. From here on
+        they wait for each other longer."""
         (first_host, first), *others = self.gather((platform.node(), mine))
         for rank, (host, theirs) in enumerate(others, 1):
             unlike = [f"{name} is {theirs.get(name, 'not there')}, not {first.get(name, 'there')}"
                       for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
             require(not unlike, f"process {rank} on {host} is not like process 0 on {first_host}: {'; '.join(unlike)}; "
                     "give all of them the same script, torch, shards and flags")
-        if self.size > 1:
-            dist.distributed_c10d._set_pg_timeout(PATIENCE)
+        dist.distributed_c10d._set_pg_timeout(PATIENCE)
 
     def sum(self, tensor):
         """Sum over the processes, in place."""
@@ -4028,6 +4028,14 @@ def start_run(typed, world, origin):
     return state, config, run, val_shards, kernel, notes
 
 
+def what_must_be_alike(typed, settings):
+    """{name: text} of what all processes must have. The shards may lie elsewhere."""
+    mine = {f"--{name}": str(value) for name, value in typed.items()}
+    for name in ("input_bin", "input_val_bin"):
+        mine[f"--{name}"] = description(settings.get(name, getattr(TrainConfig, name)))
+    return dict(mine, torch=str(torch.__version__), script=hashlib.sha256(source().encode()).hexdigest()[:8])
+
+
 def run_training(typed):
     """One run from what was typed, to its end."""
     gib = typed.get("memory_gib", 0)
@@ -4043,11 +4051,8 @@ def run_training(typed):
     resolve(typed, world.machine(settings.get("vocab_size", 1)), origin.base)
     deterministic = deterministic_algorithms(settings.get("deterministic", TrainConfig.deterministic))
     with world, deterministic, own_words_for_failures(world):
-        mine = {f"--{name}": str(value) for name, value in typed.items()}
-        for name in ("input_bin", "input_val_bin"):  # which may lie elsewhere
-            mine[f"--{name}"] = description(settings.get(name, getattr(TrainConfig, name)))
-        code = hashlib.sha256(source().encode()).hexdigest()
-        world.compare(dict(mine, torch=str(torch.__version__), script=code[:8]))
+        if world.size > 1:
+            world.compare(what_must_be_alike(typed, settings))
         found = world.gather(origin.path and (origin.path.name, origin.content["step"] if origin.resumed else 0))
         if len(set(found)) > 1:
             raise DataError(f"the processes start from different files ({', '.join(map(str, found))}); give all the "

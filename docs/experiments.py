@@ -444,16 +444,12 @@ def run_losses(names, args, begun):
             for arm in part.arms:
                 run = run_of(name, part, arm)
                 tasks.setdefault((frozenset(last_of(run.flags).items()), seed), (run, seed))
-    failures, script = 0, measuring.SCRIPT
+    failures = 0
     own = {program: [task for task in tasks.values() if flag in last_of(task[0].flags)]
            for flag, program in OWN_PROGRAMS.items()}
     plain = [task for task in tasks.values() if not any(task in its for its in own.values())]
-    for program, its in [(script, plain), *own.items()]:
-        measuring.SCRIPT = program  # a call at a time has one program
-        try:
-            failures += measuring.run_what_is_missing(its, RESULTS, args, begun, expected=expected_seconds)
-        finally:
-            measuring.SCRIPT = script
+    for program, its in [(measuring.SCRIPT, plain), *own.items()]:
+        failures += measuring.run_what_is_missing(its, RESULTS, args, begun, expected=expected_seconds, program=program)
     return failures
 
 
@@ -732,7 +728,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("interrupted: experiments.jsonl holds what was measured before")
+    measuring.run(main, RESULTS)

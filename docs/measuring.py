@@ -113,13 +113,13 @@ def newest(logs):
     return max(logs.glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
 
 
-def measure(run, seed, data, device, beside, sharing, processes=1, keep=None):
-    """Run the script once, on one GPU by its number (None: the first) or in several processes, beside so many others,
-    of which so many share that GPU; its record without the name of the GPU."""
+def measure(run, seed, data, device, beside, sharing, processes=1, keep=None, program=None):
+    """Run the script once, or another program that takes its flags, on one GPU by its number (None: the first) or in
+    several processes, beside so many others, of which so many share that GPU; its record without the GPU's name."""
     environment = {**os.environ, **({} if device is None else dict(CUDA_VISIBLE_DEVICES=device))}
     before, begin = source(), time.perf_counter()
     with folder_of(run, seed, keep) as (logs, kept):
-        command = [*torchrun(processes), SCRIPT, *run.flags.split(), "--seed", str(seed), *data, "--output_dir", logs,
+        command = [*torchrun(processes), program or SCRIPT, *run.flags.split(), "--seed", str(seed), *data, "--output_dir", logs,
                    *kept]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
@@ -207,6 +207,14 @@ def run_all(tasks, path, devices, end, data, expected=expected_seconds, **how):
         finally:
             waiting.clear()  # Ctrl-C ends the runs that are under way, and no other begins
     return len(failures)
+
+
+def run(main, results):
+    """Run a measuring program's main() to its exit code."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: {results.name} holds what was measured before")
 
 
 def add_flags(parser, plotted, seeds_of, seeds):

@@ -196,11 +196,16 @@ class Runs:
         return last
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
+def prepare(monkeypatch):
+    """The environment of processes to come, and what they load ahead."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     FORKS.set_forkserver_preload(["torch._dynamo", "test_faults"])
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    prepare(monkeypatch)
     made = Runs(tmp_path)
     yield made
     for process in made.started:

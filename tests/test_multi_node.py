@@ -27,7 +27,7 @@ import train_gpt2_mod as script
 from helpers import machine
 from launch import (ROOT, SCRIPT, SMALL, checkpoints, column, content_of, data_flags, error_lines, steps, validations,
                     write_data)
-from test_faults import (ENVIRONMENT, FAULTS, FORKS, Runs, assert_same_runs, code_of, kill,
+from test_faults import (ENVIRONMENT, FAULTS, Runs, assert_same_runs, code_of, kill, prepare,
                          runs, wait_for, with_faults, workers)  # noqa: F401  (runs is a fixture)
 
 ADDRESSES = "10.77.0.1", "10.77.0.2"
@@ -136,9 +136,7 @@ def namespaces():
 
 @pytest.fixture
 def hosts(tmp_path, monkeypatch):
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    FORKS.set_forkserver_preload(["torch._dynamo", "test_faults"])
+    prepare(monkeypatch)
     if missing := [name for name in ("unshare", "nsenter", "ip") if not shutil.which(name)]:
         pytest.skip(f"no hosts without {', '.join(missing)} (Linux; packages util-linux and iproute2)")
     with contextlib.ExitStack() as stack:

@@ -131,7 +131,7 @@ DROPPED = ()  # rungs that were measured and not kept: those after them are with
 
 UNTIED = "--no_tie_embeddings --learning_rate 0.004"
 # what -> (what it adds to the flags of the first that it goes back to, what it is compared with, in words), at as many
-# tokens. The first is d12_fast as it was at first, or a rung.
+# tokens but for the long ones. The first is d12_fast as it was at first, or a rung.
 TRIED = {
     "batch_131072": (TWICE, "first", "twice the batch, half the steps"),
     "batch_32768": (HALF, "first", "half the batch, twice the steps"),
@@ -447,7 +447,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("interrupted: results.jsonl holds what was measured before")
+    measuring.run(main, RESULTS)

@@ -211,7 +211,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("interrupted: results.jsonl holds what was measured before")
+    measuring.run(main, RESULTS)
