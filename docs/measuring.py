@@ -119,8 +119,8 @@ def measure(run, seed, data, device, beside, sharing, processes=1, keep=None, pr
     environment = {**os.environ, **({} if device is None else dict(CUDA_VISIBLE_DEVICES=device))}
     before, begin = source(), time.perf_counter()
     with folder_of(run, seed, keep) as (logs, kept):
-        command = [*torchrun(processes), program or SCRIPT, *run.flags.split(), "--seed", str(seed), *data, "--output_dir", logs,
-                   *kept]
+        command = [*torchrun(processes), program or SCRIPT, *run.flags.split(), "--seed", str(seed), *data,
+                   "--output_dir", logs, *kept]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
