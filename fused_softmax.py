@@ -129,12 +129,13 @@ def softmax_losses(logits, targets, weights, vocab_size, clamp, softcap, gradien
     logits[:, vocab_size:] = -math.inf
     (n, V), K, targets = logits.shape, targets.size(0), targets.contiguous()
     losses = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
-    beyond = (triton.cdiv(V, BLOCK) * BLOCK - vocab_size) * math.exp(-2 * softcap)
+    block = min(BLOCK, max(8, triton.next_power_of_2(V)))
+    beyond = (triton.cdiv(V, block) * block - vocab_size) * math.exp(-2 * softcap)
     softmax_losses_kernel[(min(n, ROWS_AT_ONCE * multiprocessors(logits.device)),)](
         logits, targets, weights, losses, logits if gradient is None else gradient,
         logits if gradient8 is None else gradient8, n, V, beyond, float(clamp or math.inf), K, ignored,
         float(scale8),
         CAP=float(softcap), KS=triton.next_power_of_2(K), GRADIENT=gradient is not None,
-        GRADIENT8=gradient8 is not None, BLOCK=BLOCK, BOUNDED=0 < softcap <= LARGEST_BOUND,
+        GRADIENT8=gradient8 is not None, BLOCK=block, BOUNDED=0 < softcap <= LARGEST_BOUND,
         APPROXIMATE=HAS_TANH and gradient8 is not None, num_warps=WARPS)
     return losses

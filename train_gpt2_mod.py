@@ -555,8 +555,9 @@ SIZED = dict(  # Llama's parts (Touvron et al. 2023, arXiv:2302.13971, section 2
     init_std=0.02,
 )
 FAST = dict(  # but for the MLPs' smear found in the records of github.com/KellerJordan/modded-nanogpt; a field each
-    qk_norm=True, softmax_scale=0.12, mlp="relu2", scale_attention=False, tie_embeddings=False, embd_norm=True,
-    embd_init_std=1.0, zero_init=True, x0_lambdas=True, value_embeddings=3, logit_softcap=15.0, smear="embedding+mlp",
+    qk_norm=True, softmax_scale=0.12, attention_gate=12, mlp="relu2", scale_attention=False, embd_norm=True,
+    embd_init_std=0.02, zero_init=True, x0_lambdas=True, value_embeddings=3, value_init_std=1.0, logit_softcap=15.0,
+    smear="embedding+mlp",
 )
 base_configs: dict[str, dict[str, Any]] = {
     "d12": dict(),
@@ -606,7 +607,7 @@ def fast_configs(depth):
     wide = rate / math.sqrt(width / 768)
     return network, dict(
         optimizer="muon", muon_lr=0.02 * rate, muon_beta2=0.95, momentum_warmup_steps=300, cautious_weight_decay=True,
-        weight_decay=0.1 * rate * (12 / depth), learning_rate=0.004 * wide, embedding_lr=0.3 * wide, scalar_lr=0.02,
+        weight_decay=0.1 * rate * (12 / depth), learning_rate=0.004 * wide, value_lr=0.3 * wide, scalar_lr=0.02,
         beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=batch, num_iterations=steps, shuffle=True,
         warmdown_fraction=0.6, min_lr_fraction=0.1, precision="fast",
     )

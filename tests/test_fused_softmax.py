@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_loss import example, gradients_of, head_loss, whole
 
 import train_gpt2_mod as script
@@ -51,6 +52,8 @@ def test_losses_and_gradients_are_the_plain_ones(softmax_losses, K, V, columns, 
     logits, targets, weights = logits_and_targets(K, V, columns, dtype)
     expected, expected8 = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.float8_e5m2)
     losses = script.softmax_losses(logits, targets, weights, V, clamp, softcap, expected, expected8)
+    bent = softcap * (logits[:, :V].double() / softcap).tanh() if softcap else logits[:, :V].double()
+    shares = F.pad(bent.softmax(-1), (0, columns - V)).float() * weights.sum()
     eps = max(torch.finfo(dtype).eps, 1e-5)
     exact = None
     for with8 in (False, True):
@@ -59,12 +62,15 @@ def test_losses_and_gradients_are_the_plain_ones(softmax_losses, K, V, columns, 
         found = softmax_losses(into, targets, weights, V, clamp, softcap, into, into8)
         exact = found if exact is None else exact
         torch.testing.assert_close(found, losses, rtol=1e-6, atol=softcap / 1024 if approximate else 1e-5)
-        torch.testing.assert_close(into.float(), expected.float(), rtol=0.05 if approximate else eps, atol=2e-6)
+        # Of p (1 - y^2), the gradient where no target is, tanh's error is as much as 2^-10 p where y is near 1 or -1.
+        slack = shares / 512 if approximate else 0
+        assert ((into - expected).float().abs() <= (0.05 if approximate else eps) * expected.abs() + slack + 2e-6).all()
         assert not into[:, V:].any()
         if with8:
             # Where rounding carries into the exponent, Triton's interpreter (3.9) gives half of what there should be.
             rtol = 0.25 if DEVICE == "cuda" else 0.5
-            torch.testing.assert_close(into8.float(), expected8.float(), rtol=rtol, atol=1e-4)
+            apart = (into8.float() - expected8.float()).abs()
+            assert (apart <= rtol * expected8.float().abs() + script.FLOAT8_GRADIENT_SCALE * slack + 1e-4).all()
     torch.testing.assert_close(softmax_losses(logits, targets, weights, V, clamp, softcap), exact, rtol=0, atol=0)
 
 

@@ -41,11 +41,11 @@ def test_the_shapes_of_every_depth(depth):
         model = script.GPT(config) if depth <= 24 else None
     if model:
         counted = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and (".h." in name or
-                                                                                             "lm_head" in name))
+                                                                                             "wte" in name))
         ratio = run.num_iterations * run.tokens_per_step / counted
         assert ratio == pytest.approx(script.FAST_TOKENS_PER_PARAMETER, rel=2e-3)
     assert recipe["muon_lr"] / math.sqrt(run.tokens_per_step) == pytest.approx(0.02 / 256)
-    for rate, at_12 in (("learning_rate", 0.004), ("embedding_lr", 0.3)):
+    for rate, at_12 in (("learning_rate", 0.004), ("value_lr", 0.3)):
         expected = at_12 * math.sqrt(run.tokens_per_step / 65536 * 768 / config.n_embd)
         assert recipe[rate] == pytest.approx(expected)
 
@@ -53,7 +53,7 @@ def test_the_shapes_of_every_depth(depth):
 def test_the_depth_of_12_is_the_values_that_were_found():
     network, recipe = script.preset("d12_fast")
     assert network.items() >= {**script.FAST, "n_layer": 12, "n_embd": 768, "n_head": 6}.items()
-    assert recipe.items() >= dict(muon_lr=0.02, muon_beta2=0.95, learning_rate=0.004, embedding_lr=0.3, weight_decay=0.1,
+    assert recipe.items() >= dict(muon_lr=0.02, muon_beta2=0.95, learning_rate=0.004, value_lr=0.3, weight_decay=0.1,
                                   tokens_per_step=65536).items()
 
 

@@ -27,7 +27,7 @@ PRESETS = {
     "d36": (772_117_760, 36, 20, 20, 1280, 5120, 2),
     "d48": (1_554_971_200, 48, 25, 25, 1600, 6400, 2),
     "d12_mla": (120_288_000, 12, 12, 12, 768, 3072, 2),
-    "d12_fast": (277_931_556, 12, 6, 6, 768, 3072, 2),
+    "d12_fast": (239_335_044, 12, 6, 6, 768, 3072, 2),
     "gpt2": (124_439_808, 12, 12, 12, 768, 3072, 2),
     "gpt2-medium": (354_823_168, 24, 16, 16, 1024, 4096, 2),
     "gpt2-large": (774_030_080, 36, 20, 20, 1280, 5120, 2),
@@ -95,7 +95,7 @@ def expected_count(name, layers, heads, kv_heads, width, hidden, matrices):
         attention = width * heads * (64 + 32) + width * (256 + 32) + 256 * 2 * heads * 64 + width * width
     layer, rest = attention + matrices * width * hidden, vocabulary * width
     if name == "d12_fast":  # a block's two numbers for x0 and its smear; two for the values in 6, a smear,
-        layer, rest = layer + 2 + width, rest + 6 * 2 + width + (1 + 3) * vocabulary * width  # a head, three tables
+        layer, rest = layer + 2 + width + heads * 12, rest + 6 * 2 + width + 3 * vocabulary * width  # gates, tables
     if name.startswith("gpt2"):
         layer += 3 * width + width + hidden + width + 4 * width  # biases, two LayerNorms
         rest += 1024 * width + 2 * width

@@ -28,7 +28,8 @@ expected_seconds = fast.measuring.expected_seconds
 NAMES = [*fast.SWEEPS, *fast.FULL, *fast.LADDER, *fast.TRIED, "first", "speed"]
 EVERY = fast.runs(NAMES, 1)
 TOKENS = dict(d12=100_007_936, d12_fast=131_072_000, d12_fast_33M=32_768_000, d12_fast_20M=19_660_800,
-              d12_fast_in_order=144_179_200, tied_2000=131_072_000, tied_33M=32_768_000)
+              d12_fast_in_order=144_179_200, untied_2000=131_072_000, untied_33M=32_768_000,
+              shorter_2000=131_072_000, shorter_33M=32_768_000)
 TOKENS |= {name: 78_643_200 for name in fast.TRIED if name.startswith("long")}
 
 
@@ -62,7 +63,7 @@ def test_the_commands_resolve(run):
     assert settings.warmdown_iters == min(round(share * run.steps), run.steps - settings.warmup_iters)  # to its end
     assert settings.min_lr_fraction == (0 if run.name.endswith("floor_0") else 0.1)
     often = run.kind in ("full", "ladder") or root(run.name) in fast.LADDER
-    every = 100 if run.name == "d12" else 200 if run.name.startswith("long") else 50 if often else 0
+    every = 100 if run.name in ("d12", "d12_fast") else 200 if run.name.startswith("long") else 50 if often else 0
     assert settings.val_loss_every == every
 
 
@@ -75,19 +76,14 @@ def test_each_rung_is_one_change_and_the_last_of_the_preset_is_the_preset():
         assert network == rungs[rung][1][0] and without(run, *length) == without(rungs[rung][1][1], *length)
     for rung, (before, found) in rungs.items():
         assert before is None or found != rungs[before][1], rung
-    assert list(rungs)[-len(fast.BEYOND_PRESET) :] == list(fast.BEYOND_PRESET)
-    last = list(rungs)[-len(fast.BEYOND_PRESET) - 1]
-    network, run = rungs[last][1]
+    network, run = rungs[list(rungs)[-1]][1]
     preset = resolved(f"--model d12_fast {fast.SHORT} {fast.SHAPE} {fast.RUNG}")
     assert network == preset[0] and without(run, "model") == without(preset[1], "model")
-    rates = ("muon_lr", "embedding_lr", "muon_momentum")
-    network, run = rungs["higher_rates"][1]
-    assert network == preset[0] and without(run, "model", *rates) == without(preset[1], "model", *rates)
-    length = ("num_iterations", "warmdown_iters")
-    for name in ("tied_2000", "tied_33M"):  # the last rung, longer
+    length = ("num_iterations", "warmdown_iters", "val_loss_every")
+    for name in ("untied_2000", "untied_33M"):  # two rungs before the last, longer
         network, run = resolved(fast.FULL[name])
-        assert network == rungs["tied"][1][0]
-        assert without(run, "model", *length) == without(rungs["tied"][1][1], "model", *length)
+        assert network == rungs["fp8_head"][1][0]
+        assert without(run, "model", *length) == without(rungs["fp8_head"][1][1], "model", *length)
 
 
 def test_what_is_taken_out_is_taken_out():
@@ -98,13 +94,16 @@ def test_what_is_taken_out_is_taken_out():
     changed = {}
     for name, (_, against, _) in fast.TRIED.items():
         assert name not in fast.LADDER and against in pairs
-        if against in ("fp8_head", "higher_rates", "tied") and not name.startswith("long"):
+        if against in ("fp8_head", "higher_rates", "simpler", "tied") and not name.startswith("long"):
             changed[name] = {field for mine, other in zip(pairs[name], pairs[against])
                              for field, value in dataclasses.asdict(mine).items() if value != getattr(other, field)}
     assert changed.pop("no_qk_norm") == {"qk_norm", "softmax_scale"}
     assert changed.pop("twice_the_heads_rate") == {"learning_rate"}
     assert changed.pop("twice_the_embeddings_rate") == {"embedding_lr"}
-    assert changed.pop("gate_768") == {"attention_gate"}
+    assert changed.pop("gate_768") == changed.pop("simpler_gate") == {"attention_gate"}
+    assert changed.pop("simpler") == {"softmax_scale", "cautious_weight_decay"}
+    assert changed.pop("higher_rates") == {"muon_lr", "embedding_lr", "muon_momentum"}
+    assert changed.pop("tied_higher_rates") == {"muon_lr", "value_lr", "muon_momentum"}
     assert changed.pop("tied_0.002") == changed.pop("tied_0.008") == {"learning_rate"}
     fields = {"no_relu2": "mlp", "no_softcap": "logit_softcap", "no_momentum_warmup": "momentum_warmup_steps"}
     assert changed == {name: {fields.get(name, name.removeprefix("no_"))} for name in changed} and len(changed) == 10
@@ -114,8 +113,8 @@ def test_the_shape_and_the_rates_are_the_presets_own():
     schedule = re.sub(r"--(warmdown_fraction|min_lr_fraction|total_batch_size) \S+", "", fast.SHAPE)
     whole = resolved(f"--model d12_fast {fast.SHAPE}")
     assert schedule != fast.SHAPE and resolved(f"--model d12_fast {schedule}") == whole
-    assert resolved(f"{fast.FAST.format(**fast.RATES[fast.FAST])} {fast.SHAPE}") == whole
-    assert resolved(fast.FULL["d12_fast"].replace("--val_loss_every 50", "")) == whole
+    assert resolved(f"--model d12_fast {fast.SHAPE} {fast.NOW}") == whole
+    assert resolved(fast.FULL["d12_fast"].replace("--val_loss_every 100", "")) == whole
 
 
 def test_a_sweep_changes_one_rate():
@@ -139,11 +138,11 @@ def test_a_dropped_rung_is_not_in_those_after_it(monkeypatch):
 
 def test_the_order_of_the_runs():
     runs = fast.runs(None, 3)
-    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 164
+    assert len(runs) == len({(run.flags, seed) for run, seed in runs}) == 166
     assert [run.kind for run, _ in runs[:10]] == ["sweep"] * 10 and {seed for _, seed in runs[:10]} == {1}
     assert {seed for run, seed in runs if run.kind == "tried"} == {1}
-    assert [run.kind for run, _ in runs[-21:]] == ["speed"] * 21 and {seed for _, seed in runs[-21:]} == {1}
-    assert [seed for _, seed in runs[:-21]] == sorted(seed for _, seed in runs[:-21])
+    assert [run.kind for run, _ in runs[-19:]] == ["speed"] * 19 and {seed for _, seed in runs[-19:]} == {1}
+    assert [seed for _, seed in runs[:-19]] == sorted(seed for _, seed in runs[:-19])
     assert not [run.name for run, _ in runs if "in_order" in run.name]
     assert [(run.name, seed) for run, seed in fast.runs(["adamw", "d12"], 2)] == [
         ("adamw", 1), ("adamw", 2), ("d12", 1), ("d12", 2)]  # as typed

@@ -41,16 +41,19 @@ FAST = "--model d12_fast --muon_lr {muon_lr} --embedding_lr {embedding_lr} --lea
 LONG = "--num_iterations 1200 --val_loss_every 200"  # 79 M tokens
 SIMPLER = "--softmax_scale 0 --no_cautious_weight_decay"
 TIED = "--tie_embeddings --embd_init_std 0.02 --value_init_std 1 --embedding_lr 0"  # and a --value_lr
+HIGHER = "--muon_lr 0.025 --muon_momentum 0.9"  # and of the embeddings' rates 0.45
 # What of the preset is not in the words of a run below, so that a record stays true when the preset changes.
 PARTS = ("--softmax_scale 0.12 --cautious_weight_decay --attention_gate 0 --no_tie_embeddings --embd_init_std 1 "
          "--value_init_std 0 --value_lr 0")
 FIRST = f"--muon_momentum 0.95 --muon_beta2 0 --smear none {PARTS}"  # d12_fast as the sweeps had it
 SECOND = "--embedding_lr 0.45 --muon_momentum 0.9 --muon_beta2 0.95 --smear embedding"  # with what helped there
 SMEARED = "--muon_beta2 0.95 --smear embedding+mlp --precision fp8_head"
-NOW = f"--muon_momentum 0.95 {SMEARED} {PARTS}"  # what a full run is
-SHORTER = f"--muon_momentum 0.9 {SMEARED} {SIMPLER} --attention_gate 12 {TIED} --value_lr 0.45"  # best in 454 steps
+UNTIED = f"--muon_momentum 0.95 {SMEARED} {PARTS}"  # the preset as it was before the two last rungs
+NOW = (f"--muon_lr 0.02 --learning_rate 0.004 --muon_momentum 0.95 {SMEARED} --softmax_scale 0.12 "
+       f"--cautious_weight_decay --attention_gate 12 {TIED} --value_lr 0.3")  # what a full run is
+SHORTER = f"--learning_rate 0.004 {HIGHER} {SMEARED} {SIMPLER} --attention_gate 12 {TIED} --value_lr 0.45"
 THIRD = f"{SECOND} --smear embedding+mlp"
-RATES = {  # those that the ladder and the full runs have; FAST's are the preset's
+RATES = {  # those that the ladder and the full runs have
     D12: dict(learning_rate="1.5e-3", warmup_iters="45"),
     FAST: dict(muon_lr="0.02", embedding_lr="0.3", learning_rate="0.004"),
 }
@@ -96,11 +99,8 @@ LADDER = {
     "smear_embedding": ("--smear embedding", "to each embedding a learned share of the one before"),
     "smear_mlp": ("--smear embedding+mlp", "the same where the MLPs read the stream"),
     "fp8_head": ("--precision fp8_head", "two of the head's three products in float8: for speed"),
-    "higher_rates": ("--muon_lr 0.025 --embedding_lr 0.45 --muon_momentum 0.9",
-                     "higher rates for Muon and the embeddings, a shorter mean of Muon's gradients"),
-    "simpler": (SIMPLER, "without two rungs that gained nothing"),
     "attention_gate": ("--attention_gate 12", "each head's output weighed by its token"),
-    "tied": (f"{TIED} --value_lr 0.45", "embedding and head one matrix again, at the head's rate, begun small"),
+    "tied": (f"{TIED} --value_lr 0.3", "embedding and head one matrix again, at the head's rate, begun small"),
 }
 CODE = {  # rung -> what of the script is there for it: definitions, whole, and words, each line with one of them
     "adamw": (),
@@ -121,15 +121,13 @@ CODE = {  # rung -> what of the script is there for it: definitions, whole, and 
     "smear_embedding": ("Smear", "smear", "smears", "SMEARABLE", "follows"),
     "smear_mlp": ("smear_1", "smear_2"),
     "fp8_head": ("Float8HeadProducts", "memory8", "gradient8", "dlogits8"),
-    "higher_rates": (),
-    "simpler": (),
     "attention_gate": ("Gate", "gate", "attention_gate"),
     "tied": ("value_lr", "value_init_std"),
 }
-BEYOND_PRESET = ("higher_rates", "simpler", "attention_gate", "tied")  # rungs that the preset d12_fast does not have
 DROPPED = ()  # rungs that were measured and not kept: those after them are without
 
-UNTIED = "--no_tie_embeddings --learning_rate 0.004"
+ALONE = "--no_tie_embeddings --learning_rate 0.004"
+RAISED = f"{HIGHER} --embedding_lr 0.45"
 # what -> (what it adds to the flags of the first that it goes back to, what it is compared with, in words), at as many
 # tokens but for the long ones. The first is d12_fast as it was at first, or a rung.
 TRIED = {
@@ -165,26 +163,34 @@ TRIED = {
     "in_order_131072_floor_0": (f"{IN_ORDER} {TWICE} --min_lr_fraction 0", "in_order_131072", "the warm-down to 0"),
     "in_order_32768_slower": (f"{IN_ORDER} {HALF} --muon_lr 0.0125 --embedding_lr 0.075 --learning_rate 0.002",
                               "in_order", "half the batch, twice the steps, at half the rates"),
-    "untied_alone": (UNTIED, "muon", "a head of its own, the embedding as it was but for its rate"),
-    "untied_qk_norm": (f"{UNTIED} --qk_norm --n_head 6", "untied_alone", "`qk_norm` next"),
-    "untied_relu2": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2", "untied_qk_norm", "`relu2` next"),
-    "untied_zero_init": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init", "untied_relu2",
+    "untied_alone": (ALONE, "muon", "a head of its own, the embedding as it was but for its rate"),
+    "untied_qk_norm": (f"{ALONE} --qk_norm --n_head 6", "untied_alone", "`qk_norm` next"),
+    "untied_relu2": (f"{ALONE} --qk_norm --n_head 6 --mlp relu2", "untied_qk_norm", "`relu2` next"),
+    "untied_zero_init": (f"{ALONE} --qk_norm --n_head 6 --mlp relu2 --zero_init", "untied_relu2",
                          "`zero_init` next"),
-    "untied_no_attention_scale": (f"{UNTIED} --qk_norm --n_head 6 --mlp relu2 --zero_init --no_scale_attention",
+    "untied_no_attention_scale": (f"{ALONE} --qk_norm --n_head 6 --mlp relu2 --zero_init --no_scale_attention",
                                   "untied_zero_init", "`no_attention_scale` next"),
-    "no_qk_norm": ("--no_qk_norm --softmax_scale 0", "higher_rates", "queries and keys, and their scale, as they are"),
-    "no_zero_init": ("--no_zero_init", "higher_rates", "all matrices begin as in `d12`"),
-    "scale_attention": ("--scale_attention", "higher_rates", "attention times 1/sqrt(24)"),
+    "higher_rates": (RAISED, "fp8_head",
+                     "higher rates for Muon and the embeddings, a shorter mean of Muon's gradients"),
+    "simpler": (f"{RAISED} {SIMPLER}", "higher_rates", "without two rungs that gained nothing"),
+    "simpler_gate": (f"{RAISED} {SIMPLER} --attention_gate 12", "simpler", "each head's output weighed by its token"),
+    "no_qk_norm": (f"{RAISED} --no_qk_norm --softmax_scale 0", "higher_rates",
+                   "queries and keys, and their scale, as they are"),
+    "no_zero_init": (f"{RAISED} --no_zero_init", "higher_rates", "all matrices begin as in `d12`"),
+    "scale_attention": (f"{RAISED} --scale_attention", "higher_rates", "attention times 1/sqrt(24)"),
     "no_relu2": ("--mlp gelu", "fp8_head", "GELU for ReLU squared"),
-    "no_x0_lambdas": ("--no_x0_lambdas", "higher_rates", "blocks begin with the stream as it is"),
-    "no_value_embeddings": ("--value_embeddings 0", "higher_rates", "no tables of values"),
-    "no_softcap": ("--logit_softcap 0", "higher_rates", "logits as they are"),
-    "no_softmax_scale": ("--softmax_scale 0", "higher_rates", "scores times 1/sqrt(128)"),
-    "no_cautious_weight_decay": ("--no_cautious_weight_decay", "higher_rates", "every weight decays"),
-    "twice_the_heads_rate": ("--learning_rate 0.008", "higher_rates", "the head's rate twice"),
-    "twice_the_embeddings_rate": ("--embedding_lr 0.9", "higher_rates", "the embeddings' rate twice"),
-    "no_momentum_warmup": ("--momentum_warmup_steps 0", "higher_rates", "Muon's momentum 0.9 from the first step"),
-    "document_mask": ("--document_mask", "higher_rates", "no attention to other documents, in validation neither"),
+    "no_x0_lambdas": (f"{RAISED} --no_x0_lambdas", "higher_rates", "blocks begin with the stream as it is"),
+    "no_value_embeddings": (f"{RAISED} --value_embeddings 0", "higher_rates", "no tables of values"),
+    "no_softcap": (f"{RAISED} --logit_softcap 0", "higher_rates", "logits as they are"),
+    "no_softmax_scale": (f"{RAISED} --softmax_scale 0", "higher_rates", "scores times 1/sqrt(128)"),
+    "no_cautious_weight_decay": (f"{RAISED} --no_cautious_weight_decay", "higher_rates", "every weight decays"),
+    "twice_the_heads_rate": (f"{RAISED} --learning_rate 0.008", "higher_rates", "the head's rate twice"),
+    "twice_the_embeddings_rate": (f"{RAISED} --embedding_lr 0.9", "higher_rates", "the embeddings' rate twice"),
+    "no_momentum_warmup": (f"{RAISED} --momentum_warmup_steps 0", "higher_rates",
+                           "Muon's momentum 0.9 from the first step"),
+    "document_mask": (f"{RAISED} --document_mask", "higher_rates",
+                      "no attention to other documents, in validation neither"),
+    "tied_higher_rates": (f"{HIGHER} --value_lr 0.45", "tied", "higher rates, a shorter mean of Muon's gradients"),
     "gate_768": ("--attention_gate 768", "tied", "the gate computed from all channels"),
     "tied_0.008": ("--learning_rate 0.008", "tied", "twice the rate of embedding and head"),
     "tied_0.002": ("--learning_rate 0.002", "tied", "half of it"),
@@ -192,19 +198,20 @@ TRIED = {
     "long_gate": (f"{LONG} --attention_gate 12", "long", "the gate"),
     "long_tied": (f"{LONG} {TIED} --value_lr 0.3", "long", "embedding and head one matrix"),
     "long_gate_tied": (f"{LONG} --attention_gate 12 {TIED} --value_lr 0.3", "long", "both"),
-    "long_gate_tied_rates": (f"{LONG} --attention_gate 12 {TIED} --value_lr 0.45 --muon_lr 0.025 --muon_momentum 0.9",
-                             "long_gate_tied", "and the higher rates"),
+    "long_gate_tied_rates": (f"{LONG} --attention_gate 12 {TIED} --value_lr 0.45 {HIGHER}",
+                             "long_gate_tied", "and higher rates"),
     "long_gate_tied_simpler": (f"{LONG} --attention_gate 12 {TIED} --value_lr 0.3 {SIMPLER}", "long_gate_tied",
                                "and without two rungs that gained nothing in 454 steps"),
 }
 
 FULL = {
     "d12": f"{D12.format(**RATES[D12] | dict(warmup_iters='152'))} --num_iterations 1526 --val_loss_every 100 {SHAPE}",
-    "d12_fast": f"{FAST.format(**RATES[FAST])} --num_iterations 2000 --val_loss_every 50 {SHAPE} {NOW}",
-    "d12_fast_33M": f"{FAST.format(**RATES[FAST])} --num_iterations 500 --val_loss_every 50 {SHAPE} {NOW}",
-    "d12_fast_20M": f"{FAST.format(**RATES[FAST])} --num_iterations 300 --val_loss_every 50 {SHAPE} {NOW}",
-    **{name: f"--model d12_fast --muon_lr 0.025 --learning_rate 0.004 --num_iterations {steps} --val_loss_every 50 "
-       f"{SHAPE} {SHORTER}" for name, steps in (("tied_2000", 2000), ("tied_33M", 500))},
+    "d12_fast": f"--model d12_fast --num_iterations 2000 --val_loss_every 100 {SHAPE} {NOW}",
+    **{name: f"--model d12_fast --num_iterations {steps} --val_loss_every 50 {SHAPE} {recipe}"
+       for name, steps, recipe in (("d12_fast_33M", 500, NOW), ("d12_fast_20M", 300, NOW),
+                                   ("shorter_2000", 2000, SHORTER), ("shorter_33M", 500, SHORTER))},
+    **{name: f"{FAST.format(**RATES[FAST])} --num_iterations {steps} --val_loss_every 50 {SHAPE} {UNTIED}"
+       for name, steps in (("untied_2000", 2000), ("untied_33M", 500))},
     "d12_fast_in_order": f"{FAST.format(**START[FAST] | dict(embedding_lr='0.45'))} --num_iterations 2200 "
                          f"--val_loss_every 50 {SHAPE} {FIRST} {IN_ORDER}",
 }
@@ -365,14 +372,20 @@ def place(seconds, tokens):
     return f"{seconds:.1f} s, {tokens / 1e6:.1f} M"
 
 
+def place_of(target, curve):
+    """Where a curve comes to a loss, in words."""
+    found = reached(curve, target)
+    seconds, tokens, first = curve[0]
+    return place(*found) if found else f"before {place(seconds, tokens)}" if first <= target else "-"
+
+
 def full_table(rows):
     lines = []
     for name in FULL:
         for r in sorted((r for r in rows if full(name).is_of(r) and not r["sharing"]), key=lambda r: r["seed"]):
             curve = learning_curve(r)
-            found = [reached(curve, target) for target in LOSSES]
             lines.append([f"`{name}`", str(r["seed"]), f"{r['tokens_per_second']:,.0f}", f"{r['peak_mem_MB']:,}",
-                          f"{r['first_step_s']:.1f}", *(place(*f) if f else "-" for f in found),
+                          f"{r['first_step_s']:.1f}", *(place_of(target, curve) for target in LOSSES),
                           f"{r['val_loss']:.4f} at {place(*curve[-1][:2])}"])
     heads = [f"to {target:.3f}" for target in LOSSES]
     return lines and table(["run", "seed", "tokens/s", "MiB", "first step s", *heads, "last loss"], lines)
@@ -405,7 +418,8 @@ def plot():
     pyplot = measuring.pyplot()
     if not pyplot:
         return 2
-    found = [(name, r) for name in FULL for r in results() if full(name).is_of(r) and not r["sharing"]]
+    found = [(name, r) for name in FULL if name.startswith("d12") for r in results()
+             if full(name).is_of(r) and not r["sharing"]]
     if not found:
         print("error: results.jsonl holds no full run; --only d12 d12_fast measures them", file=sys.stderr)
         return 2
@@ -419,7 +433,7 @@ def plot():
         axes.axhline(target, color="0.8", linewidth=0.8, zorder=0)
     axes.set(ylim=(3.3, 5.5), xlabel="seconds of training, compilation left out")
     axes.set_ylabel("validation loss, nats a token")
-    axes.legend(loc="center right", fontsize="small")
+    axes.legend(loc="upper right", fontsize="small")
     figure.savefig(CURVE, dpi=150)
     print(f"{CURVE.name} has {len(found)} runs")
     return 0

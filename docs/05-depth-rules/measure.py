@@ -34,7 +34,7 @@ SHORT = 29_753_344  # tokens; 454 steps of 65,536
 MINUTES = {6: 0.4, 12: 1, 18: 3}
 PLAIN_RATES = {6: ("1.5e-3", "3e-3"), 12: ("1e-3", "1.5e-3"), 18: ("7e-4", "1e-3")}
 SCALED = (4, 6, 8, 12, 18)
-RATES = ("muon_lr", "embedding_lr", "learning_rate", "scalar_lr")
+RATES = ("muon_lr", "value_lr", "learning_rate", "scalar_lr")
 CARDS = {  # what -> its flags; each on the whole GPU, and with the micro-batch that fits
     "d12_fast": "--model d12_fast --total_batch_size 65536 --num_iterations 150",
     "nocap": "--model d12 --total_batch_size 524288 --num_iterations 20 --learning_rate 1.8e-3 --warmup_iters 10 "
