@@ -6,9 +6,13 @@ which is then run with those networks known:
     python docs/23-mixture-of-experts/moe.py tools/sample.py logs --prompt 'Once upon a time'
     python tools/bench.py "--model d12" "--script docs/23-mixture-of-experts/moe.py --model d12_moe"
 """
+import contextlib
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
+
+import torch._functorch.config
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULE = "train_gpt2_mod"  # under this name tools/bench.py loads what its --script names
@@ -23,6 +27,23 @@ def exchange(**parts):
     for name, part in parts.items():
         getattr(script, name)  # AttributeError where the script has it no more
         setattr(script, name, part)
+
+
+@contextlib.contextmanager
+def exact_backward(context):
+    """The context, in which what torch.autocast(enabled=False) exempts forward is not rounded backward either: compiled
+    under autocast, a backward pass otherwise has autocast of its own, for all products; uncompiled it has none."""
+    with context(), torch._functorch.config.patch(backward_pass_autocast="off"):
+        yield
+
+
+def with_exact_backward(attention_kernel, concerns):
+    """The script's attention_kernel(), in whose context training runs, with exact_backward() where concerns(config)."""
+    def kernel(config, run, world):
+        context, note = attention_kernel(config, run, world)
+        return partial(exact_backward, context) if concerns(config) else context, note
+
+    return kernel
 
 
 def show_source(path):

@@ -1,13 +1,14 @@
 """docs/24-mamba-2: chunks against the recurrence and transformers' mixer, sampling with states, whole runs."""
+import contextlib
 import sys
 
 import pytest
 import torch
 
 import train_gpt2_mod as script
-from helpers import batch_of, changed_id
+from helpers import batch_of, changed_id, small_config
 from launch import ROOT, assert_same, column, content_of, steps, torchrun
-from test_moe import program, registered
+from test_moe import errors_compiled, program, registered, rounds_backward
 
 mamba = program("24-mamba-2", "mamba")
 PROGRAM = ROOT / "docs" / "24-mamba-2" / "mamba.py"
@@ -226,3 +227,12 @@ def test_two_processes_are_one(trainer, parallel):
     assert result.returncode == 0, result.stderr
     folder, = output.iterdir()
     assert column(steps(folder), "train_loss") == pytest.approx(column(alone, "train_loss"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_in_fp32_is_not_rounded_backward():
+    assert not rounds_backward(config_of()) and rounds_backward(small_config())
+    layer = mamba.Mamba2(config_of(), 0)
+    x = torch.randn(2, 35, 32)
+    with mamba.extending.exact_backward(contextlib.nullcontext):
+        assert max(errors_compiled(layer, x, None)) < 1e-4

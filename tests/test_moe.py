@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train_gpt2_mod as script
-from helpers import batch_of, changed_id
+from helpers import FakeWorld, batch_of, changed_id, small_config, small_run
 from launch import ROOT, assert_same, column, content_of, steps, torchrun
 
 
@@ -46,6 +46,24 @@ def known(monkeypatch):
 def config_of(**changes):
     small = dict(vocab_size=61, n_layer=2, n_head=4, n_embd=32, precision="fp32", mlp="moe", ffn_hidden=24, n_expert=4)
     return moe.MoEConfig(**{**small, **changes})
+
+
+def rounds_backward(config):
+    """Whether a compiled backward pass has autocast of its own while this network trains."""
+    context, _ = script.attention_kernel(config, small_run(), FakeWorld())
+    with context():
+        return torch._functorch.config.backward_pass_autocast != "off"
+
+
+def errors_compiled(layer, *inputs):
+    """How far the gradients of the layer's parameters, compiled, are from those uncompiled, both under bf16's autocast;
+    of each its norm's share."""
+    gradients = []
+    for f in (layer, torch.compile(layer, backend="aot_eager", dynamic=False)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = f(*inputs)
+        gradients.append(torch.autograd.grad(y.float().square().sum(), list(layer.parameters())))
+    return [float((mine - theirs).norm() / theirs.norm()) for mine, theirs in zip(*gradients)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,3 +356,8 @@ def test_two_processes_are_one(trainer, parallel):
     names = ["train_loss", "router_entropy", "load_max", "dropped"]
     for one, two in zip(steps(alone), steps(folder), strict=True):
         assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
+
+
+def test_the_router_is_not_rounded_backward():
+    assert not rounds_backward(config_of()) and rounds_backward(small_config())
+    assert torch._functorch.config.backward_pass_autocast == "same_as_forward"

@@ -292,7 +292,8 @@ def register():
     script.mlps["none"] = NoMLP
     script.base_configs.update(PRESETS)
     extending.exchange(GPTConfig=MambaConfig, kept_by_block=kept_with_states(script.kept_by_block),
-                       attention_kernel=without_attention(script.attention_kernel))
+                       attention_kernel=extending.with_exact_backward(without_attention(script.attention_kernel),
+                                                                      lambda config: config.mixer == "mamba2"))
     extending.show_source(__file__)
 
 
