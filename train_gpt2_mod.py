@@ -554,7 +554,7 @@ SIZED = dict(  # Llama's parts (Touvron et al. 2023, arXiv:2302.13971, section 2
     vocab_size=32768, norm_weights=True, mlp="swiglu", mlp_expansion_factor=8 / 3, n_kv_head=4, scale_attention=False,
     init_std=0.02,
 )
-FAST = dict(  # but for the MLPs' smear found in the records of github.com/KellerJordan/modded-nanogpt; a field each
+FAST = dict(  # but for the MLPs' smear and the tied start from records of github.com/KellerJordan/modded-nanogpt
     qk_norm=True, softmax_scale=0.12, attention_gate=12, mlp="relu2", scale_attention=False, embd_norm=True,
     embd_init_std=0.02, zero_init=True, x0_lambdas=True, value_embeddings=3, value_init_std=1.0, logit_softcap=15.0,
     smear="embedding+mlp",

@@ -53,7 +53,7 @@ NOW = (f"--muon_lr 0.02 --learning_rate 0.004 --muon_momentum 0.95 {SMEARED} --s
        f"--cautious_weight_decay --attention_gate 12 {TIED} --value_lr 0.3")  # what a full run is
 SHORTER = f"--learning_rate 0.004 {HIGHER} {SMEARED} {SIMPLER} --attention_gate 12 {TIED} --value_lr 0.45"
 THIRD = f"{SECOND} --smear embedding+mlp"
-RATES = {  # those that the ladder and the full runs have
+RATES = {  # those that the ladder and `untied` have
     D12: dict(learning_rate="1.5e-3", warmup_iters="45"),
     FAST: dict(muon_lr="0.02", embedding_lr="0.3", learning_rate="0.004"),
 }
@@ -433,7 +433,7 @@ def plot():
         axes.axhline(target, color="0.8", linewidth=0.8, zorder=0)
     axes.set(ylim=(3.3, 5.5), xlabel="seconds of training, compilation left out")
     axes.set_ylabel("validation loss, nats a token")
-    axes.legend(loc="upper right", fontsize="small")
+    axes.legend(loc="upper center", fontsize="small")
     figure.savefig(CURVE, dpi=150)
     print(f"{CURVE.name} has {len(found)} runs")
     return 0
