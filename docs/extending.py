@@ -37,13 +37,58 @@ def exact_backward(context):
         yield
 
 
-def with_exact_backward(attention_kernel, concerns):
-    """The script's attention_kernel(), in whose context training runs, with exact_backward() where concerns(config)."""
+def training_in(manager, attention_kernel, concerns):
+    """The script's attention_kernel(), in whose context training runs: within manager() where concerns(config)."""
     def kernel(config, run, world):
         context, note = attention_kernel(config, run, world)
-        return partial(exact_backward, context) if concerns(config) else context, note
+        return partial(manager, context) if concerns(config) else context, note
 
     return kernel
+
+
+def without_attention(attention_kernel):
+    """The script's attention_kernel(), which has nothing to say where no block attends."""
+    def kernel(config, run, world):
+        if config.attends:
+            return attention_kernel(config, run, world)
+        script.require(run.attention == "auto", f"attention={run.attention} would be ignored: no block has attention; "
+                       "drop it")
+        return contextlib.nullcontext, None
+
+    return kernel
+
+
+def with_states(Cache, kind, scan):
+    """tools/sample.py's cache for a network with mixers of a kind that keep a state: scan(mixer, x, ctx, state) gives
+    the output and the state after, of a state that may be None. A state cannot be taken back by some tokens, so those
+    behind the first context that was read, the prompt, and behind the last one are kept, and what begins otherwise runs
+    from the longest of them that it begins with. One token alone is a step of the recurrence."""
+    class StateCache(Cache):
+        def __init__(self, model):
+            super().__init__(model)
+            self.states, self.new = {}, {}  # {number of tokens: {mixer: State}}, and those of this call
+            self.mixers = [block.attn for block in model.transformer.h if isinstance(block.attn, kind)]
+            for mixer in self.mixers:
+                mixer.forward = partial(self.mix, mixer)
+
+        def mix(self, mixer, x, ctx):
+            y, self.new[mixer] = scan(mixer, x, ctx, self.states[self.start][mixer] if self.start else None)
+            return y
+
+        def known(self, idx):
+            most = super().known(idx)
+            if not self.mixers:
+                return most
+            self.states = {count: states for count, states in self.states.items() if count <= most}
+            return max(self.states, default=0)
+
+        def __call__(self, idx):
+            logits = super().__call__(idx)
+            self.states = {count: self.states[count] for count in sorted(self.states)[:1]}
+            self.states[idx.size(1)], self.new = self.new, {}
+            return logits
+
+    return StateCache
 
 
 def show_source(path):

@@ -345,7 +345,8 @@ def register():
         GPTConfig=MoEConfig, GPT=MoEGPT, train_step=counting_experts(script.train_step),
         start_run=choosing_kernels(script.start_run), parameters_by_part=with_idle(script.parameters_by_part),
         kept_by_block=kept_with_experts(script.kept_by_block),
-        attention_kernel=extending.with_exact_backward(script.attention_kernel, lambda config: config.mlp == "moe"),
+        attention_kernel=extending.training_in(extending.exact_backward, script.attention_kernel,
+                                               lambda config: config.mlp == "moe"),
     )
     extending.show_source(__file__)
 

@@ -5,12 +5,10 @@ flags, and --help, are the script's; docs/extending.py says how its tools are ru
     python docs/24-mamba-2/mamba.py --model d24_mamba2 --attention_every 8 --batch_size 32
     python docs/24-mamba-2/mamba.py tools/sample.py logs --prompt 'Once upon a time'
 """
-import contextlib
 import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,35 +211,7 @@ class NoMLP(nn.Module):
 
 
 def with_states(Cache):
-    """tools/sample.py's cache for a network with state spaces. A state cannot be taken back by some tokens, so those
-    behind the first context that was read, the prompt, and behind the last one are kept, and what begins otherwise runs
-    from the longest of them that it begins with. One token alone is a step of the recurrence."""
-    class StateCache(Cache):
-        def __init__(self, model):
-            super().__init__(model)
-            self.states, self.new = {}, {}  # {number of tokens: {mixer: State}}, and those of this call
-            self.mixers = [block.attn for block in model.transformer.h if isinstance(block.attn, Mamba2)]
-            for mixer in self.mixers:
-                mixer.forward = partial(self.mix, mixer)
-
-        def mix(self, mixer, x, ctx):
-            y, self.new[mixer] = mixer.scan(x, self.states[self.start][mixer] if self.start else None)
-            return y
-
-        def known(self, idx):
-            most = super().known(idx)
-            if not self.mixers:
-                return most
-            self.states = {count: states for count, states in self.states.items() if count <= most}
-            return max(self.states, default=0)
-
-        def __call__(self, idx):
-            logits = super().__call__(idx)
-            self.states = {count: self.states[count] for count in sorted(self.states)[:1]}
-            self.states[idx.size(1)], self.new = self.new, {}
-            return logits
-
-    return StateCache
+    return extending.with_states(Cache, Mamba2, lambda mixer, x, ctx, state: mixer.scan(x, state))
 
 
 def kept_with_states(kept_by_block):
@@ -265,17 +235,6 @@ def kept_with_states(kept_by_block):
     return kept
 
 
-def without_attention(attention_kernel):
-    """The script's attention_kernel(), which has nothing to say where no block attends."""
-    def kernel(config, run, world):
-        if config.attends:
-            return attention_kernel(config, run, world)
-        require(run.attention == "auto", f"attention={run.attention} would be ignored: no block has attention; drop it")
-        return contextlib.nullcontext, None
-
-    return kernel
-
-
 PRESETS = {
     "d24_mamba2": dict(n_layer=24, mixer="mamba2", mlp="none", scale_attention=False),  # as published, at 130M
     "d24_mamba2_hybrid": dict(n_layer=24, mixer="mamba2", mlp="none", scale_attention=False, attention_every=8),
@@ -292,8 +251,9 @@ def register():
     script.mlps["none"] = NoMLP
     script.base_configs.update(PRESETS)
     extending.exchange(GPTConfig=MambaConfig, kept_by_block=kept_with_states(script.kept_by_block),
-                       attention_kernel=extending.with_exact_backward(without_attention(script.attention_kernel),
-                                                                      lambda config: config.mixer == "mamba2"))
+                       attention_kernel=extending.training_in(
+                           extending.exact_backward, extending.without_attention(script.attention_kernel),
+                           lambda config: config.mixer == "mamba2"))
     extending.show_source(__file__)
 
 

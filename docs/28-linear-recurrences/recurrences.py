@@ -11,7 +11,6 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -519,35 +518,7 @@ def choosing_kernels(start_run):
 
 
 def with_states(Cache):
-    """tools/sample.py's cache for a network with these mixers. A state cannot be taken back by some tokens, so those
-    behind the first context that was read, the prompt, and behind the last one are kept, and what begins otherwise runs
-    from the longest of them that it begins with. One token alone is a step of the recurrence."""
-    class StateCache(Cache):
-        def __init__(self, model):
-            super().__init__(model)
-            self.states, self.new = {}, {}  # {number of tokens: {mixer: State}}, and those of this call
-            self.mixers = [block.attn for block in model.transformer.h if isinstance(block.attn, Mixer)]
-            for mixer in self.mixers:
-                mixer.forward = partial(self.mix, mixer)
-
-        def mix(self, mixer, x, ctx):
-            y, self.new[mixer] = mixer.scan(x, ctx, self.states[self.start][mixer] if self.start else None)
-            return y
-
-        def known(self, idx):
-            most = super().known(idx)
-            if not self.mixers:
-                return most
-            self.states = {count: states for count, states in self.states.items() if count <= most}
-            return max(self.states, default=0)
-
-        def __call__(self, idx):
-            logits = super().__call__(idx)
-            self.states = {count: self.states[count] for count in sorted(self.states)[:1]}
-            self.states[idx.size(1)], self.new = self.new, {}
-            return logits
-
-    return StateCache
+    return extending.with_states(Cache, Mixer, lambda mixer, x, ctx, state: mixer.scan(x, ctx, state))
 
 
 def kept_with_recurrences(kept_by_block):
@@ -567,24 +538,11 @@ def kept_with_recurrences(kept_by_block):
 
 
 @contextlib.contextmanager
-def complex_numbers(context):
-    """The context, without a warning that torch.compile leaves the FFTs as they are."""
-    with context(), warnings.catch_warnings():
+def exact_backward(context):
+    """extending.exact_backward(), without a warning that torch.compile leaves the FFTs as they are."""
+    with extending.exact_backward(context), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex")
         yield
-
-
-def without_attention(attention_kernel):
-    """The script's attention_kernel(), which has nothing to say where no block attends."""
-    def kernel(config, run, world):
-        if config.mixer not in USED:
-            return attention_kernel(config, run, world)
-        require(config.attends or run.attention == "auto", f"attention={run.attention} would be ignored: no block has "
-                "attention; drop it")
-        context, note = attention_kernel(config, run, world) if config.attends else (contextlib.nullcontext, None)
-        return partial(complex_numbers, context), note
-
-    return kernel
 
 
 DELTA = dict(n_head=6, mixer="delta", key_expand=0.75, value_expand=1.5, mlp_expansion_factor=3.0)
@@ -602,8 +560,9 @@ def register():
     script.mixers.update({name: make_mixer for name in KINDS})
     script.base_configs.update(PRESETS)
     extending.exchange(GPTConfig=RecurrentConfig, kept_by_block=kept_with_recurrences(script.kept_by_block),
-                       attention_kernel=extending.with_exact_backward(without_attention(script.attention_kernel),
-                                                                      lambda config: config.mixer in USED),
+                       attention_kernel=extending.training_in(
+                           exact_backward, extending.without_attention(script.attention_kernel),
+                           lambda config: config.mixer in USED),
                        start_run=choosing_kernels(script.start_run))
     extending.show_source(__file__)
 
