@@ -480,7 +480,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(measured, tmp_path, mo
     ("-- --seed 2", "seed is set by this program; drop it from what stands behind --"),
     ("-- --sequence_length 256", "sequence_length=256 must be at least 273, a sample and its verdict; type more behind "
      "--, or lower --terms or --digits"),
-    ("-- --num_iterations x", None), ("--sampels 3", None),
+    ("-- --num_iterations x", None), ("--sampels 3", None), ("-- --warmup_iters 2900 --warmdown_iters 200", None),
 ])
 def test_what_cannot_be_is_one_line(tmp_path, capsys, typed, said):
     code = program.main(["--output_dir", tmp_path / "runs", "--results", tmp_path / "found.jsonl", *typed.split()])

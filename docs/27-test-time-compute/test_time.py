@@ -309,7 +309,7 @@ class Study:
         typed = script.parse_flags([*TRAINING.split(), *flags])
         for name in SET_HERE:
             require(name not in typed, f"{name} is set by this program; drop it from what stands behind --")
-        self.args, self.flags, self.folder = args, flags, Path(args.output_dir) / f"seed{args.seed}"
+        self.args, self.folder = args, Path(args.output_dir) / f"seed{args.seed}"
         world, self.T = script.World(typed.get("device", "auto")), typed["sequence_length"]
         require(world.size == 1, "the samples are one process's; start this program without torchrun")
         self.device = world.device
@@ -320,6 +320,9 @@ class Study:
         self.start, vocab_size = args.checkpoint and find(Path(args.checkpoint)), 257
         if self.start:
             vocab_size = script.load_checkpoint(self.start, script.WEIGHTS, "checkpoint")["network"]["vocab_size"]
+        self.typed = [*("" if self.start else NETWORK).split(), *TRAINING.split(), *flags]
+        if not self.start:  # before the folder is begun, of whose settings the flags are a part
+            script.resolve(script.parse_flags(self.typed), script.ANY_MACHINE)
         self.characters = Characters(find_encoding(None, self.start, str(self.folder / "sums" / "x"), vocab_size))
         self.problems = Problems(args.seed, args.digits, args.terms, test=args.test_problems,
                                  verifier=args.verifier_problems, val=args.test_problems)
@@ -341,9 +344,8 @@ class Study:
     def train(self, name, shards, *more):
         """The checkpoint of a training that is done, by the script's own main()."""
         output = self.folder / name
-        flags = [*("" if self.start else NETWORK).split(), *TRAINING.split(), *self.flags, *more, "--seed",
-                 self.args.seed, "--input_bin", shards / "train_*.bin", "--input_val_bin", shards / "val_*.bin",
-                 "--output_dir", output, "--resume", "auto"]
+        flags = [*self.typed, *more, "--seed", self.args.seed, "--input_bin", shards / "train_*.bin", "--input_val_bin",
+                 shards / "val_*.bin", "--output_dir", output, "--resume", "auto"]
         while True:
             path = next(script.candidates(output, lambda network: True), None)
             content = path and script.load_checkpoint(path)
