@@ -51,6 +51,12 @@ def test_the_rates_are_those_of_the_formula_by_each_factor():
                 assert getattr(run, name) == pytest.approx(factor * recipe[name], rel=1e-5)
 
 
+def test_depths_alone():
+    some = {run for run, _ in rules.runs(rules.KINDS, 1, [6, 8])}
+    assert some == {run for run in EVERY if run.kind == "card" or run.name in ("d6", "d6_fast", "d8_fast")}
+    assert {run.kind for run in some} == {*rules.KINDS} and {run.name for run in some} >= {"d6", "d8_fast"}
+
+
 def test_a_preset_and_its_plain_network_have_equal_minutes():
     for depth in rules.DEPTHS:
         names = (f"d{depth}", f"d{depth}_fast")
@@ -89,8 +95,8 @@ def made_up(run, seed=1, **figures):
 def test_the_tables_of_made_up_records():
     rows = [made_up(rules.rates(6, factor), seed, val_loss=4 + factor + seed / 100)
             for factor in rules.FACTORS for seed in (1, 2)]
-    rows += [made_up(rules.in_minutes(12)), made_up(rules.plain(12, "1e-3"), val_loss=4.5),
-             made_up(rules.plain(12, "1.5e-3"), val_loss=4.4, sharing=1)]  # whose minute was not its own
+    rows += [made_up(rules.in_minutes(12)), made_up(rules.plain(12, "1.5e-3"), val_loss=4.5),
+             made_up(rules.plain(12, "2e-3"), val_loss=4.4, sharing=1)]  # whose minute was not its own
     a, b = 50.0, 0.07
     length = ("tokens_per_step", "num_iterations")
     flops = {depth: math.prod(script.preset(f"d{depth}_fast")[1][name] for name in length) * rules.size_of(depth)[1]
@@ -101,7 +107,7 @@ def test_the_tables_of_made_up_records():
     rates, minutes, scale, card = rules.tables(rows)
     assert rates.splitlines()[2:] == ["| `d6_fast` | 2 | 4.5150 | 5.0150 | 6.0150 |"]
     assert minutes.splitlines()[2:] == ["| `d12_fast` | the formula's | 1 | 30.0 | 500,000 | 4.0000 |",
-                                        "| `d12` | 1e-3 | 1 | 30.0 | 500,000 | 4.5000 |"]
+                                        "| `d12` | 1.5e-3 | 1 | 30.0 | 500,000 | 4.5000 |"]
     assert scale.splitlines()[2].startswith("| `d4_fast` | 41.7 | 17.0 | 1.84 | ")
     assert scale.splitlines()[-1] == f"| the line |  |  | {a:.2f} FLOP^-{b:.4f} |  |" and len(scale.splitlines()) == 6
     assert card.splitlines()[2:] == ["| `d12_fast` | the whole GPU | 33,000 | 500,000 | 4.0000 |",

@@ -32,7 +32,7 @@ DEPTHS = (6, 12, 18)  # of which the rules are tested
 FACTORS = (0.5, 1, 2)  # on all rates of the formula
 SHORT = 29_753_344  # tokens; 454 steps of 65,536
 MINUTES = {6: 0.4, 12: 1, 18: 3}
-PLAIN_RATES = {6: ("1.5e-3", "3e-3"), 12: ("1e-3", "1.5e-3"), 18: ("7e-4", "1e-3")}
+PLAIN_RATES = {6: ("1.5e-3", "3e-3"), 12: ("1.5e-3", "2e-3"), 18: ("7e-4", "1e-3")}
 SCALED = (4, 6, 8, 12, 18)
 RATES = ("muon_lr", "value_lr", "learning_rate", "scalar_lr")
 CARDS = {  # what -> its flags; each on the whole GPU, and with the micro-batch that fits
@@ -66,10 +66,11 @@ def size_of(depth):
     return model.parameter_count(), model.flops_per_token(1024)
 
 
-def fast(kind, depth, flags):
-    """A run of a preset, its batch in words, so that a record says it."""
+def fast(kind, depth, flags, parts=1):
+    """A run of a preset, its batch in words, so that a record says it; the micro-batch in smaller parts leaves room for
+    others beside it."""
     batch = preset(depth)[1]["tokens_per_step"]
-    size = f"--batch_size {micro_batch(depth)} --total_batch_size {batch}"
+    size = f"--batch_size {micro_batch(depth) // parts} --total_batch_size {batch}"
     return Run(kind, f"d{depth}_fast", f"--model d{depth}_fast {size} {flags} {SHAPE}")
 
 
@@ -77,7 +78,7 @@ def rates(depth, factor):
     recipe = preset(depth)[1]
     typed = " ".join(f"--{name} {factor * recipe[name]:.6g}" for name in RATES)
     steps = round(SHORT / recipe["tokens_per_step"])
-    return fast("rates", depth, f"{typed} --num_iterations {steps} --val_loss_every 0")
+    return fast("rates", depth, f"{typed} --num_iterations {steps} --val_loss_every 0", parts=2)
 
 
 def in_minutes(depth):
@@ -102,13 +103,14 @@ def card(name, place):
     return Run("card", name, f"{CARDS[name]} {place} --val_loss_every 0 --shuffle {SHAPE}")
 
 
-def runs(kinds, seeds):
-    """[(Run, seed)] in the order of running; only the rates have more than one seed."""
+def runs(kinds, seeds, depths=None):
+    """[(Run, seed)] in the order of running, of all depths or of these; only the rates have more than one seed."""
+    tested, scaled = ([depth for depth in its if depth in (depths or its)] for its in (DEPTHS, SCALED))
     every = dict(
-        rates=[(rates(depth, factor), seed) for seed in range(1, seeds + 1) for depth in DEPTHS for factor in FACTORS],
-        minutes=[(run, 1) for depth in DEPTHS
+        rates=[(rates(depth, factor), seed) for seed in range(1, seeds + 1) for depth in tested for factor in FACTORS],
+        minutes=[(run, 1) for depth in tested
                  for run in (in_minutes(depth), *(plain(depth, rate) for rate in PLAIN_RATES[depth]))],
-        scale=[(scale(depth), 1) for depth in SCALED],
+        scale=[(scale(depth), 1) for depth in scaled],
         card=[(card(name, place), 1) for name in CARDS for place in (WHOLE, CAPPED)],
     )
     return [task for kind in kinds for task in every[kind]]
@@ -217,6 +219,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     measuring.add_flags(parser, "runs of scale", "the rates", 2)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="these alone")
+    parser.add_argument("--depths", type=int, nargs="+", choices=SCALED, help="of rates, minutes and scale these alone")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="each run on N GPUs by torchrun [1]")
     parser.add_argument("--keep", metavar="DIR", help="keep the runs' folders there: what was stopped goes on")
     return parser
@@ -237,7 +240,7 @@ def main(argv=None):
             print(f"error: --processes {args.processes} takes all GPUs for each run; drop --parallel", file=sys.stderr)
             return 2
         failed = measuring.run_what_is_missing(
-            runs(args.only, args.seeds), RESULTS, args, begun, processes=args.processes, keep=args.keep,
+            runs(args.only, args.seeds, args.depths), RESULTS, args, begun, processes=args.processes, keep=args.keep,
             expected=partial(expected_seconds, processes=args.processes),
         )
     measuring.print_tables(RESULTS, tables)
