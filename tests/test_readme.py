@@ -86,10 +86,10 @@ def run_words(copy, words, **environment):
 # The commands, by kind: each makes what the command finds there, shrinks it, runs it and looks at what it left
 
 
-def shrunk(processes):
-    tokens = 32 * processes
+def shrunk(processes, words=()):
+    tokens, length = 32 * processes, "--warmdown_iters 0" * ("--warmdown_fraction" not in words)
     return ("--n_layer 1 --n_head 4 --n_embd 32 --batch_size 1 --sequence_length 32 --num_iterations 2 --val_tokens 64 "
-            f"--warmup_iters 0 --warmdown_iters 0 --total_batch_size {tokens} --grad_accumulation_steps {processes} "
+            f"--warmup_iters 0 {length} --total_batch_size {tokens} --grad_accumulation_steps {processes} "
             "--device cpu --no_compile").split()
 
 
@@ -133,7 +133,7 @@ def try_training(copy, words, server):
     make_shards(copy, words)
     environment = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
     words = [word for word in words if not re.match(r"[A-Z_]+=", word)]
-    check_training(copy, run_words(copy, [*words, *shrunk(processes)], **environment), processes)
+    check_training(copy, run_words(copy, [*words, *shrunk(processes, words)], **environment), processes)
 
 
 def try_run_sh(copy, words, server):
@@ -270,7 +270,7 @@ def try_compare(copy, words, server):
         assert "final validation loss" in found and re.search(r"differs in.*\n.*\n\| seed ", found)
         return
     make_shards(copy, words)
-    result = run_words(copy, [*words, *shrunk(1), "--n_head", "8", "--n_embd", "64"])  # of which gqa's presets share 4
+    result = run_words(copy, [*words, *shrunk(1, words), "--n_head", "8", "--n_embd", "64"])  # of which gqa's presets share 4
     assert re.search(r"variant - base = .* \(paired t, 3 seeds\): ", result.stdout)
 
 
