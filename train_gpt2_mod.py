@@ -596,18 +596,17 @@ base_configs: dict[str, dict[str, Any]] = {
 
 def fast_configs(depth):
     """(The network, and what differs from the defaults when a run begins with it) of the preset of so many blocks. How
-    width, batch, rates and decay go with depth are nanochat's rules (github.com/karpathy/nanochat); the values of 12
-    blocks are measured in docs/04-time-to-loss."""
+    width, batch, rates and decay go with depth are nanochat's rules (github.com/karpathy/nanochat), but that no rate
+    goes with the batch (docs/05-depth-rules); the values of 12 blocks are measured in docs/04-time-to-loss."""
     width = 128 * math.ceil(depth / 2)
     network = dict(FAST, n_layer=depth, n_embd=width, n_head=width // 128, value_embeddings=min(3, depth // 2))
     size, size_of_12 = (12 * n * w**2 + GPT2_VOCAB_SIZE * w for n, w in ((depth, width), (12, 768)))
     batch = 2 ** round(16 + 0.383 * math.log2(size / size_of_12))
     steps = round(FAST_TOKENS_PER_PARAMETER * size / batch)
-    rate = math.sqrt(batch / 65536)  # of noise that is smaller in a larger batch
-    wide = rate / math.sqrt(width / 768)
+    wide = 1 / math.sqrt(width / 768)
     return network, dict(
-        optimizer="muon", muon_lr=0.02 * rate, muon_beta2=0.95, momentum_warmup_steps=300, cautious_weight_decay=True,
-        weight_decay=0.1 * rate * (12 / depth), learning_rate=0.004 * wide, value_lr=0.3 * wide, scalar_lr=0.02,
+        optimizer="muon", muon_lr=0.02, muon_beta2=0.95, momentum_warmup_steps=300, cautious_weight_decay=True,
+        weight_decay=0.1 * (12 / depth), learning_rate=0.004 * wide, value_lr=0.3 * wide, scalar_lr=0.02,
         beta1=0.8, adam_eps=1e-10, grad_clip=0.0, tokens_per_step=batch, num_iterations=steps, shuffle=True,
         warmdown_fraction=0.6, min_lr_fraction=0.1, precision="fast",
     )

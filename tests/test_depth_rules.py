@@ -49,6 +49,17 @@ def test_the_rates_are_those_of_the_formula_by_each_factor():
             assert run.num_iterations * run.tokens_per_step == rules.SHORT
             for name in rules.RATES:
                 assert getattr(run, name) == pytest.approx(factor * recipe[name], rel=1e-5)
+            assert run.weight_decay == recipe["weight_decay"]
+
+
+def test_rates_by_the_root_of_the_batch():
+    own, root = (resolved(rules.rates(6, 2, by_batch).flags)[1] for by_batch in (False, True))
+    assert own.tokens_per_step == 32768 and root.scalar_lr == own.scalar_lr
+    for name in ("muon_lr", "value_lr", "learning_rate"):
+        assert getattr(root, name) == pytest.approx(getattr(own, name) * 0.5**0.5, rel=1e-5)
+    assert root.weight_decay == pytest.approx(0.2 * 0.5**0.5, rel=1e-5)
+    once, minutes = resolved(rules.rates(6, 1, True).flags)[1], resolved(rules.in_minutes(6, True).flags)[1]
+    assert all(getattr(once, name) == getattr(minutes, name) for name in (*rules.RATES, "weight_decay"))
 
 
 def test_depths_alone():

@@ -44,9 +44,9 @@ def test_the_shapes_of_every_depth(depth):
                                                                                              "wte" in name))
         ratio = run.num_iterations * run.tokens_per_step / counted
         assert ratio == pytest.approx(script.FAST_TOKENS_PER_PARAMETER, rel=2e-3)
-    assert recipe["muon_lr"] / math.sqrt(run.tokens_per_step) == pytest.approx(0.02 / 256)
+    assert recipe["muon_lr"] == 0.02 and recipe["weight_decay"] == pytest.approx(0.1 * 12 / depth)
     for rate, at_12 in (("learning_rate", 0.004), ("value_lr", 0.3)):
-        expected = at_12 * math.sqrt(run.tokens_per_step / 65536 * 768 / config.n_embd)
+        expected = at_12 * math.sqrt(768 / config.n_embd)
         assert recipe[rate] == pytest.approx(expected)
 
 

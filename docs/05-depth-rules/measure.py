@@ -30,9 +30,10 @@ SHAPE = "--sequence_length 1024 --no_save_checkpoints"
 KINDS = ("rates", "minutes", "scale", "card")
 DEPTHS = (6, 12, 18)  # of which the rules are tested
 FACTORS = (0.5, 1, 2)  # on all rates of the formula
+BY_BATCH = (6,)  # depths of which rates by the root of the batch are run as well
 SHORT = 29_753_344  # tokens; 454 steps of 65,536
 MINUTES = {6: 0.4, 12: 1, 18: 3}
-PLAIN_RATES = {6: ("1.5e-3", "3e-3"), 12: ("1.5e-3", "2e-3"), 18: ("7e-4", "1e-3")}
+PLAIN_RATES = {6: ("1e-3", "1.5e-3", "3e-3"), 12: ("1.5e-3", "2e-3"), 18: ("7e-4", "1e-3")}
 SCALED = (4, 6, 8, 12, 18)
 RATES = ("muon_lr", "value_lr", "learning_rate", "scalar_lr")
 CARDS = {  # what -> its flags; each on the whole GPU, and with the micro-batch that fits
@@ -74,15 +75,23 @@ def fast(kind, depth, flags, parts=1):
     return Run(kind, f"d{depth}_fast", f"--model d{depth}_fast {size} {flags} {SHAPE}")
 
 
-def rates(depth, factor):
+def typed_rates(depth, factor=1, by_batch=False):
+    """The formula's rates by a factor; or, of another formula, with those and the decay by the root of the batch."""
     recipe = preset(depth)[1]
-    typed = " ".join(f"--{name} {factor * recipe[name]:.6g}" for name in RATES)
-    steps = round(SHORT / recipe["tokens_per_step"])
-    return fast("rates", depth, f"{typed} --num_iterations {steps} --val_loss_every 0", parts=2)
+    root = math.sqrt(recipe["tokens_per_step"] / 65536) if by_batch else 1
+    typed = " ".join(f"--{name} {factor * recipe[name] * (root if name != 'scalar_lr' else 1):.6g}" for name in RATES)
+    return typed + f" --weight_decay {root * recipe['weight_decay']:.6g}" * by_batch
 
 
-def in_minutes(depth):
-    return fast("minutes", depth, f"--minutes {MINUTES[depth]:g} --val_loss_every 0")
+def rates(depth, factor, by_batch=False):
+    steps = round(SHORT / preset(depth)[1]["tokens_per_step"])
+    flags = f"{typed_rates(depth, factor, by_batch)} --num_iterations {steps} --val_loss_every 0"
+    return fast("rates", depth, flags, parts=2)
+
+
+def in_minutes(depth, by_batch=False):
+    flags = f"{typed_rates(depth, by_batch=True)} " * by_batch
+    return fast("minutes", depth, f"{flags}--minutes {MINUTES[depth]:g} --val_loss_every 0")
 
 
 def plain(depth, rate):
@@ -107,7 +116,8 @@ def runs(kinds, seeds, depths=None):
     """[(Run, seed)] in the order of running, of all depths or of these; only the rates have more than one seed."""
     tested, scaled = ([depth for depth in its if depth in (depths or its)] for its in (DEPTHS, SCALED))
     every = dict(
-        rates=[(rates(depth, factor), seed) for seed in range(1, seeds + 1) for depth in tested for factor in FACTORS],
+        rates=[(rates(depth, factor), seed) for seed in range(1, seeds + 1) for depth in tested for factor in FACTORS]
+        + [(rates(depth, factor, True), 1) for depth in tested if depth in BY_BATCH for factor in FACTORS],
         minutes=[(run, 1) for depth in tested
                  for run in (in_minutes(depth), *(plain(depth, rate) for rate in PLAIN_RATES[depth]))],
         scale=[(scale(depth), 1) for depth in scaled],
@@ -136,21 +146,22 @@ def found(rows, run):
 
 
 def rates_table(rows):
-    lines = [[f"`d{depth}_fast`", str(len(losses(rows, rates(depth, 1)))),
-              *(found(rows, rates(depth, factor)) for factor in FACTORS)]
-             for depth in DEPTHS if losses(rows, rates(depth, 1))]
+    lines = [[f"`d{depth}_fast`" + ", rates by the root of the batch" * by_batch,
+              str(len(losses(rows, rates(depth, 1, by_batch)))),
+              *(found(rows, rates(depth, factor, by_batch)) for factor in FACTORS)]
+             for depth in DEPTHS for by_batch in (False, True) if losses(rows, rates(depth, 1, by_batch))
+             and (depth in BY_BATCH or not by_batch)]
     return lines and table(["preset", "seeds", *(f"rates x {factor:g}" for factor in FACTORS)], lines)
 
 
 def minutes_table(rows):
     lines = []
     for depth in DEPTHS:
-        for run in (in_minutes(depth), *(plain(depth, rate) for rate in PLAIN_RATES[depth])):
-            for r in rows:
-                if run.is_of(r) and not r["sharing"]:
-                    rate = measuring.last_of(run.flags).get("learning_rate", "the formula's")
-                    lines.append([f"`{run.name}`", rate, f"{MINUTES[depth]:g}", f"{r['curve'][-1][1] / 1e6:.1f}",
-                                  f"{r['tokens_per_second']:,.0f}", f"{r['val_loss']:.4f}"])
+        each = [(in_minutes(depth), "the formula's"), (in_minutes(depth, by_batch=True), "by the root of the batch")]
+        each = each[:2 if depth in BY_BATCH else 1] + [(plain(depth, rate), rate) for rate in PLAIN_RATES[depth]]
+        lines += [[f"`{run.name}`", rate, f"{MINUTES[depth]:g}", f"{r['curve'][-1][1] / 1e6:.1f}",
+                   f"{r['tokens_per_second']:,.0f}", f"{r['val_loss']:.4f}"]
+                  for run, rate in each for r in rows if run.is_of(r) and not r["sharing"]]
     return lines and table(["network", "learning rate", "minutes", "M tokens", "tokens/s", "loss"], lines)
 
 
