@@ -8,7 +8,7 @@ of README.md.
     python docs/05-depth-rules/measure.py --plot
 
 The first runs what results.jsonl does not hold yet for this GPU and appends a record each: of three depths the
-formula's rates, half and twice of them; the preset and the plain network of its size in equal minutes; presets of five
+formula's rates, half and twice of them; the preset and the plain network of its size in equal minutes; presets of six
 depths in full; two recipes on a whole GPU and on 22 GiB of it. --only picks kinds, --seeds says how many, --budget_s
 when to stop; --parallel N has N runs on each GPU at a time, whose losses count but not their speed.
 """
@@ -32,9 +32,9 @@ DEPTHS = (6, 12, 18)  # of which the rules are tested
 FACTORS = (0.5, 1, 2)  # on all rates of the formula
 BY_BATCH = (6,)  # depths of which rates by the root of the batch are run as well
 SHORT = 29_753_344  # tokens; 454 steps of 65,536
-MINUTES = {6: 0.4, 12: 1, 18: 3}
+MINUTES = {6: 0.4, 12: 1, 18: 2}
 PLAIN_RATES = {6: ("1e-3", "1.5e-3", "3e-3"), 12: ("1.5e-3", "2e-3"), 18: ("7e-4", "1e-3")}
-SCALED = (4, 6, 8, 12, 18)
+SCALED = (4, 6, 8, 12, 16, 18)
 RATES = ("muon_lr", "value_lr", "learning_rate", "scalar_lr")
 CARDS = {  # what -> its flags; each on the whole GPU, and with the micro-batch that fits
     "d12_fast": "--model d12_fast --total_batch_size 65536 --num_iterations 150",
