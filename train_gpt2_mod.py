@@ -61,6 +61,7 @@ HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a n
 HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matrix kernels like round shapes
 LOGITS_AT_ONCE, FUSED_LOGITS_AT_ONCE = 2**25, 2**30  # numbers there are of them; the second with one kernel
 FLOAT8_HEADS = ("fp8", "fp8_head")  # precisions
+BYTES = dict(fp32=(4, 4), fp16=(2, 4))  # by precision, of a product's operand, of the stream; else (2, 2)
 FLOAT8_GRADIENT_SCALE = 2.0**15  # of gradients that are at most 1: the format ends at 1.75 times that
 WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 16 bytes; float8 kernels refuse others
 NORM_EPS = 1e-6
@@ -151,7 +152,8 @@ KNOWN_ENDINGS = ConfigError, DataError, DivergedError, LostError, Stopped
 def option(default, help, *, choices=None, aliases=(), switches=None, rebuilds=True, parse=None, most=None):
     """A dataclass field with what its flag needs. `choices` may be a function, for registries that stand further down;
     `switches` are flags without a value that set one, flag -> value; `rebuilds` says, for a field of GPTConfig, whether
-    another value makes another network; `most` is the largest value that can be meant."""
+    another value makes another network; `most` is the largest value that can be meant. The help of a switch that is on
+    is that of its --no_ form, which --help shows."""
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, aliases=aliases, switches=switches or {}, rebuilds=rebuilds, parse=parse,
         most=most or LARGEST,
@@ -484,15 +486,15 @@ class TrainConfig:
                   "log_every", "nan_limit")
         for name in counts:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
-        fits = self.warmup_iters + self.warmdown_iters <= self.num_iterations
         require(self.schedule == "linear" or not self.warmdown_iters, f"warmdown_iters={self.warmdown_iters} would be "
                 f"ignored: schedule={self.schedule} falls from the warm-up to the end; drop one of the two")
         require(self.min_lr_fraction <= 1, f"min_lr_fraction={self.min_lr_fraction} must be at most 1; 0.1 is usual")
-        counts = self.schedule != "linear" or self.warmdown_iters or not self.min_lr_fraction
-        require(counts, f"min_lr_fraction={self.min_lr_fraction} would be ignored: nothing falls; add --warmdown_iters "
-                "or --schedule cosine")
+        falls = self.schedule != "linear" or self.warmdown_iters
+        require(falls or not self.min_lr_fraction, f"min_lr_fraction={self.min_lr_fraction} would be ignored: nothing "
+                "falls; add --warmdown_iters or --schedule cosine")
         require(self.compile is not False or self.compile_mode == "default", f"compile_mode={self.compile_mode} would "
                 "be ignored; drop it or --no_compile")
+        fits = self.warmup_iters + self.warmdown_iters <= self.num_iterations
         require(fits, f"warmup_iters={self.warmup_iters} + warmdown_iters={self.warmdown_iters} must not exceed "
                 f"num_iterations={self.num_iterations}; shorten them or train longer")
         require(not self.profile or self.num_iterations > PROFILED_STEPS + 1, f"profile traces {PROFILED_STEPS} steps "
@@ -749,7 +751,7 @@ NOT_WITH_FSDP = (  # the field, the values that do not combine with it, why
 
 
 def rule_parallel(fields, typed, machine):
-    """One process that goes on for several has nothing to share."""
+    """What is for several processes: one alone refuses it typed, and drops it where it resumes what several began."""
     several, meant = machine.world_size > 1, dict(parallel="fsdp", gradient_dtype="bf16")
     for name, value in meant.items():
         require(several or typed.get(name) != value, f"{name}={value} is for several processes, and this run is one; "
@@ -829,11 +831,11 @@ def rule_checkpoints(fields, typed, machine):
 
 
 def rule_vocabulary(fields, typed, machine):
-    preset, shards = fields.get("vocab_size", GPT2_VOCAB_SIZE), machine.vocab_size
-    size = typed.get("vocab_size", shards or preset)
+    known, shards = fields.get("vocab_size", GPT2_VOCAB_SIZE), machine.vocab_size
+    size = typed.get("vocab_size", shards or known)
     require(size == (shards or size), f"vocab_size={size} differs from the shards' vocabulary of {shards}; "
             "drop --vocab_size or name other shards")
-    note = None if size == preset or "vocab_size" not in fields else f"vocab_size={size}: the shards', not {preset}"
+    note = None if size == known or "vocab_size" not in fields else f"vocab_size={size}: the shards', not {known}"
     return dict(vocab_size=size), note
 
 
@@ -2972,13 +2974,13 @@ class TrainState:
         moments, every = state["optimizer"]["state"], self.optimizer.state_like()
         like = {i: every[i] for i in moments}
         byte = torch.zeros(0, dtype=torch.uint8)
-        streams = [[byte.new_empty(len(stream)) for stream in streams] for streams in state["rng"]]
-        mine = dict(model=self.model.state_dict(), loader=self.loader.state_dict(), rng=streams, step=0, tokens=0,
+        rng = [[byte.new_empty(len(stream)) for stream in streams] for streams in state["rng"]]
+        mine = dict(model=self.model.state_dict(), loader=self.loader.state_dict(), rng=rng, step=0, tokens=0,
                     seconds=0.0, skipped=0)
         if state["scaler"] and self.numerics.scaler.is_enabled():
             mine["scaler"] = self.numerics.scaler.state_dict()
         same = all(is_like(state[name], part) for name, part in mine.items()) and isinstance(state["made_by"], dict)
-        return same and all(streams) and is_like(moments, like)
+        return same and all(rng) and is_like(moments, like)
 
     def load_state_dict(self, state, world):
         self.model.load_state_dict(shared_like(state["model"], self.model.state_dict()))
@@ -3120,7 +3122,7 @@ class Saver:
         self.writing, self.copies, self.error = None, {}, None
         self.mark, self.waited, self.rollbacks = time.monotonic(), 0.0, 0  # of and since the last save
 
-    def fits(self, run):
+    def refit(self, run):
         """The run has another length from now on."""
         self.run, self.settings["run"] = run, dataclasses.asdict(run)
 
@@ -3214,9 +3216,9 @@ class Saver:
         self.finish()
         error, self.newest = self.world.gather((self.error, self.newest))[0]
         if error:
-            kept = f"{self.newest} is whole" if self.newest else "there is none before it"
-            raise SharedDataError(f"the last checkpoint was not saved ({error}); {kept}: free some space and go on "
-                                  "with --resume auto")
+            kept = f"{self.newest} is whole: " if self.newest else ""
+            raise SharedDataError(f"the last checkpoint was not saved ({error}); {kept}free some space, then "
+                                  f"{how_to_go_on(self.newest)}")
 
 
 WEIGHTS = {"model", "network", "run"}  # what --init_from needs of a file; a resume needs all of a checkpoint
@@ -3235,25 +3237,24 @@ def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an error of one line is to come
             content = torch.load(path, map_location="cpu", weights_only=True)
-            complete = isinstance(content, dict) and content["format"] == 2 and parts <= set(content)
-            weights = isinstance(content, dict) and content["format"] == 2 and WEIGHTS <= set(content)
-        require(complete or not weights, f"{flag}={path} holds weights and no training state; start from them with "
-                "--init_from")
-        if not complete or not re.fullmatch(r"\w[\w.-]*", content.get("run_id", "none"), re.ASCII):
+        held = set(content) if isinstance(content, dict) and content["format"] == 2 else set()
+        require(parts <= held or not WEIGHTS <= held, f"{flag}={path} holds weights and no training state; start from "
+                "them with --init_from")
+        named = parts <= held and "model" in content["run"]
+        if not named or not re.fullmatch(r"\w[\w.-]*", content.get("run_id", "none"), re.ASCII):
             raise DataError(f"{path} is not a checkpoint of this script; name another")
         unknown = sorted(set(content["network"]) - {f.name for f in dataclasses.fields(GPTConfig)})
         if unknown:
             raise DataError(f"{path} holds a network with {', '.join(unknown)}, unknown here; use the program, or the "
                             "version of it, that trained it")
         content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
-        content["run"]["model"]  # all that --init_from needs of it
-        if "step" in parts:
+        if "step" in parts:  # more than --init_from needs
             content["run"] = dataclasses.asdict(TrainConfig(**content["run"]))
     except FileNotFoundError as e:
         raise ConfigError(f"{flag}={path} does not exist; name a .pt file of a run's folder"
                           + ", or auto" * (flag == "resume")) from e
     except ConfigError as e:
-        if flag in str(e):
+        if str(e).startswith(f"{flag}={path}"):
             raise
         raise DataError(f"{path} holds a configuration that cannot be ({e}); name another") from e
     except DataError:
@@ -3268,6 +3269,11 @@ def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
 def newest_checkpoint(folder):
     """The checkpoint of the most steps in a run's folder, or None."""
     return next(iter(checkpoints_of(folder)), None)
+
+
+def how_to_go_on(saved):
+    """What helps a run that ended early, of which a checkpoint is there or none."""
+    return "--resume auto goes on" if saved else "begin again, for there is no checkpoint yet"
 
 
 def load_newest(paths, fits):
@@ -3436,11 +3442,11 @@ class Meter:
 
     def breakdown(self):
         """Where the seconds since the start of train() went, in one line."""
-        first, whole = sum(self.first[:1]), time.perf_counter() - self.begin
+        first, every = sum(self.first[:1]), time.perf_counter() - self.begin
         parts = {"first step": first, "further steps": self.total - first, **self.others}
-        parts["the rest"] = whole - sum(parts.values())
+        parts["the rest"] = every - sum(parts.values())
         said = " + ".join(f"{what} {seconds:.1f}" for what, seconds in parts.items())
-        return f"time: {whole:.1f} s = {said}; of the steps the host spent {self.state.loader.seconds:.2f} s on data"
+        return f"time: {every:.1f} s = {said}; of the steps the host spent {self.state.loader.seconds:.2f} s on data"
 
     @property
     def step_average(self):
@@ -3467,13 +3473,13 @@ class Meter:
         skipped = not math.isfinite(loss) or (overflow and not self.state.numerics.scaler.is_enabled())
         rate = self.run.tokens_per_step / self.step_average
         per_gpu = rate * self.flops_per_token / self.world.size
-        whole = 60 * self.run.minutes if self.run.unfitted else self.run.num_iterations * self.step_average
+        planned = 60 * self.run.minutes if self.run.unfitted else self.run.num_iterations * self.step_average
         record = dict(
             step=step, train_loss=loss, lr=row.lr, grad_norm=None if overflow else grad_norm,
             mtp_weight=row.mtp_weight, **self.momentum(row), tokens=tokens, tokens_per_second=rate,
             mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
             step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
-            seconds_left=max(0.0, whole - step * self.step_average),
+            seconds_left=max(0.0, planned - step * self.step_average),
         )
         record.update((name, value if math.isfinite(value) else None) for name, value in zip(names, figures))
         if skipped:
@@ -3607,7 +3613,7 @@ def fit_to_minutes(state, run, meter, saver, world, log):
     if meter.count < FITTED_AT[-1] and meter.count * seconds < 0.1 * 60 * run.minutes:
         return run
     run = meter.run = fitted(run, seconds, state.step)
-    saver.fits(run)
+    saver.refit(run)
     log.text(f"num_iterations={run.num_iterations}, warmdown_iters={run.warmdown_iters}: what {run.minutes:g} minutes "
              f"hold of steps of {1000 * seconds:.2f} ms")
     return run
@@ -3732,7 +3738,7 @@ def end_if_asked(state, meter, signals, saver, world):
         reason = next(error for error in world.gather(str(state.loader.error or "")) if error)
         raise SharedDataError(f"{reason}: training ended after step {state.step}, {saved}")
     raise Stopped(f"{signals.asked or 'a signal'}: training ended after step {state.step}, {saved}; "
-                  "--resume auto goes on")
+                  f"{how_to_go_on(saver.newest)}")
 
 
 def roll_back(state, meter, saver, world, log):
@@ -3786,7 +3792,7 @@ def kept_by_block(config):
     """Bytes of a token that a block keeps for its backward pass, as torch.compile chooses: the stream before each half,
     what makes a product's operand or the kernel of attention (q and k are copies, v keeps the product that made it),
     and in float8 no operand that can be made again."""
-    half, stream = 4 if config.precision == "fp32" else 2, 4 if config.precision in ("fp32", "fp16") else 2
+    half, stream = BYTES.get(config.precision, (2, 2))
     C, F, H, K, D = config.n_embd, config.ffn_hidden, config.n_head, config.n_kv_head, config.head_dim
     projected, copied = (H + 2 * K) * D, (H + K) * D * (config.position == "rope" or config.qk_norm)
     if config.mixer == "latent":
@@ -3811,7 +3817,7 @@ def memory_plan(config, run, model, world_size=1, training=True):
     shares = world_size if run.parallel == "fsdp" else 1
     muons = sum(p.numel() for p in parameter_groups(model)["matrices"]) if run.optimizer == "muon" else 0
     moments = (8 * parameters - 4 * muons) // shares
-    half, stream = 4 if config.precision == "fp32" else 2, 4 if config.precision in ("fp32", "fp16") else 2
+    half, stream = BYTES.get(config.precision, (2, 2))
     rows = next(parts_of(tokens, FUSED_LOGITS_AT_ONCE // config.vocab_size))
     logits = (rows.stop - rows.start) * config.vocab_size * (half + (config.precision in FLOAT8_HEADS) * training)
     blocks, block = config.n_layer + len(model.mtp_blocks), tokens * kept_by_block(config)
@@ -4073,7 +4079,7 @@ def run_training(typed):
         resumed_from = origin.path if resumed_at is not None else None
         del origin  # weights and optimizer once more
         try:
-            with kernel(), own_words_for_failures(world, state, config, run):
+            with kernel(), own_words_for_failures(world, state, config, run, Path(run.output_dir) / run_id):
                 train(state, config, run, world, log, run_id, val_shards, resumed_from)
             report_end(state, config, run, world, log)
         except KNOWN_ENDINGS as e:
@@ -4084,27 +4090,26 @@ def run_training(typed):
 
 
 @contextlib.contextmanager
-def own_words_for_failures(world, state=None, config=None, run=None):
+def own_words_for_failures(world, state=None, config=None, run=None, folder=None):
     """Make one line of what torch has to say of processes that are gone and of memory that is out; with a state, in the
-    numbers of its training."""
+    numbers of its training, whose checkpoints are in the folder."""
     try:
         yield
     except KNOWN_ENDINGS:
         raise
     except (MemoryError, RuntimeError) as e:
-        said = first_line(e)
+        said, then = first_line(e), how_to_go_on(newest_checkpoint(folder)) if folder else "run the same command again"
         full = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(e)
         if full and state is None:
             raise FullMemoryError(f"out of memory before training ({said}); --dry_run says how large a run is") from e
         if full:
             wanted = re.search(r"ried to allocate ([\d.]+ \w+)", said)
             said = f"{wanted[1]} more" if wanted else said
-            raise FullMemoryError(out_of_memory(state, config, run, world, said)) from e
+            raise FullMemoryError(f"{out_of_memory(state, config, run, world, said)}; {then}") from e
         lost = isinstance(e, dist.DistError) or any(word in str(e) for word in ("gloo", "NCCL", "ProcessGroup"))
         if world.size > 1 and lost:
             when = f"after step {state.step}" if state else "before training"
-            raise LostError(f"{when} another process of the run did not answer ({said}); what was saved is whole: "
-                            "--resume auto goes on") from e
+            raise LostError(f"{when} another process of the run did not answer ({said}); {then}") from e
         raise
 
 
@@ -4119,7 +4124,7 @@ def out_of_memory(state, config, run, world, said):
     first = f"--{flag} {max(1, size // 2)}" + f" {tokens}" * training
     return (f"out of memory in {where} ({said}): {flag}={size} x {T} tokens was planned at {planned / 2**20:,.0f} MiB, "
             f"{world.peak_memory_mb():,} MiB were taken; try {first}, --gradient_checkpointing, or --batch_size auto "
-            f"{tokens}; what was saved is whole, --resume auto goes on")
+            f"{tokens}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4133,7 +4138,7 @@ def main(argv=None):
     try:
         run_training(parse_flags(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        code, line = 130, "interrupted: the checkpoints that were saved are whole, and --resume auto goes on"
+        code, line = 130, "interrupted: --resume auto goes on from what was saved, or begins again"
     except KNOWN_ENDINGS as e:
         if e.said_by_each or speaks_for_all():
             line = " ".join((str(e) if isinstance(e, Stopped) else f"error: {e}").splitlines())

@@ -453,6 +453,20 @@ def resumed(tmp_path_factory):
     return code, out.getvalue().splitlines(), folder / "kept"
 
 
+def test_the_program_that_trains_may_be_another(call, tmp_path, monkeypatch):
+    """One of docs/extending.py."""
+    commands = []
+
+    def train(title, command):
+        commands.append(command)
+        raise script.DataError("enough")
+
+    monkeypatch.setattr(doctor, "SCRIPT", tmp_path / "other.py")
+    monkeypatch.setattr(doctor, "train", train)
+    assert refused(call("--resume", "--output_dir", tmp_path / "logs", "--", "--model", "tiny"), "enough")
+    assert commands[0][1:4] == [str(tmp_path / "other.py"), "--model", "tiny"]
+
+
 def test_n_and_n_steps_are_2n(resumed):
     code, out, kept = resumed
     assert code == 0, out

@@ -1,4 +1,5 @@
 """tools/plan.py: the variant that it gives has the size of the baseline, and its flags give that variant."""
+import dataclasses
 import re
 import subprocess
 import sys
@@ -56,6 +57,36 @@ def test_nothing_nearer_is_to_be_had():
     best = min((abs(count(dict(n_embd=h * d, n_head=h, n_kv_head=h // 3)) - target)
                 for h in range(3, 61, 3) for d in range(32, 129, 8)))
     assert abs(count(found) - target) == best
+
+
+def test_widths_that_the_network_refuses_are_passed_over(monkeypatch):
+    """As the programs of docs/extending.py have them."""
+    @dataclasses.dataclass(frozen=True)
+    class Strict(script.GPTConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            script.require(self.n_embd % 192 == 0, "n_embd must be a multiple of 192")
+
+    monkeypatch.setattr(script, "GPTConfig", Strict)
+    flags, sizes = dict(model="d12", n_layer=2), {}
+    config = plan.build(flags, 50257)[0]
+    for width in range(192, 1000, 192):
+        sizes[width] = plan.build({**flags, "n_embd": width, "n_head": width // 64}, 50257)[2].parameter_count()
+    for target in (1, sizes[576], sizes[768] + 1, 30_000_000):
+        found = plan.match(flags, config, target, lambda some: plan.build({**flags, **some}, 50257)[2].parameter_count())
+        assert abs(sizes[found["n_embd"]] - target) == min(abs(size - target) for size in sizes.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, flags", [
+    ("24-mamba-2/mamba.py", "d12_mamba2"), ("28-linear-recurrences/recurrences.py", "d12_delta_hybrid"),
+    ("23-mixture-of-experts/moe.py", "d12_moe"),
+])
+def test_a_network_of_a_program_that_extends_the_script(program, flags):
+    words = [ROOT / "docs" / program, "tools/plan.py", "--match", "flops", "d12", "--", "--model", flags]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert abs(float(re.search(r"([+-][\d.]+)% in flops", done.stdout)[1])) < 5
 
 
 @pytest.mark.parametrize("words, part", [

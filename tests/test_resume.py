@@ -679,6 +679,13 @@ def test_a_write_that_fails_late_is_said_of_its_own_step(trainer, monkeypatch):
     assert checkpoints(result.folder) == ["step000004.pt", "step000006.pt"]
 
 
+def test_a_disk_that_is_full_from_the_first_leaves_nothing_to_go_on_from(trainer, monkeypatch):
+    Disk(monkeypatch, 0, 1)
+    result = trainer.main(*trainer.flags("--val_loss_every", 0))
+    assert result.code == 2 and result.err.count("\n") == 1 and not checkpoints(result.folder)
+    assert result.err.endswith("); free some space, then begin again, for there is no checkpoint yet\n")
+
+
 def test_a_disk_that_is_full_at_the_end_is_an_error(trainer, monkeypatch):
     whole = trainer.run("--save_every", 2, "--val_loss_every", 0).folder
     with monkeypatch.context() as patch:

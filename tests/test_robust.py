@@ -4,10 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 import train_gpt2_mod as script
+from helpers import FakeWorld
 from launch import SCRIPT, assert_same, checkpoints, column, content_of, steps
 
 
@@ -162,6 +164,45 @@ def test_a_signal_ends_training_after_the_step_and_a_resume_goes_on(trainer, mon
     assert trainer.main("--resume", result.folder).code == 0
     assert column(steps(result.folder), "train_loss") == column(steps(whole), "train_loss")
     assert_same(content_of(result.folder, 6)["model"], content_of(whole, 6)["model"])
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_that_breaks_off_says_whether_there_is_something_to_go_on_from(trainer, monkeypatch, saved):
+    helps = "--resume auto goes on" if saved else "begin again, for there is no checkpoint yet"
+    plain = script.train_step
+
+    def train_step(model, state, *others):
+        if state.step == 2:
+            raise MemoryError("all is taken")
+        return plain(model, state, *others)
+
+    monkeypatch.setattr(script, "train_step", train_step)
+    result = trainer.main(*trainer.flags("--save_every", int(saved), "--val_loss_every", 0))
+    assert result.code == 2 and "out of memory in step 3" in result.err and result.err.endswith(f"; {helps}\n")
+    with pytest.raises(script.LostError, match=f"^after step 2 .*; {helps}$"):
+        with script.own_words_for_failures(FakeWorld(size=2), types.SimpleNamespace(step=2), folder=result.folder):
+            raise RuntimeError("gloo: connection closed by peer")
+
+
+def test_a_process_lost_before_training_leaves_nothing_to_resume():
+    with pytest.raises(script.LostError, match="^before training .*; run the same command again$"):
+        with script.own_words_for_failures(FakeWorld(size=2)):
+            raise RuntimeError("NCCL error")
+
+
+def test_a_signal_to_a_run_that_saves_nothing_names_no_resume(trainer, monkeypatch):
+    plain = script.train_step
+
+    def train_step(*args):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.05)  # for the thread that reads it
+        return plain(*args)
+
+    monkeypatch.setattr(script, "train_step", train_step)
+    monkeypatch.setattr(script.StopSignals, "REPEATED", 600.0)
+    result = trainer.main(*trainer.flags("--no_save_checkpoints", "--val_loss_every", 0))
+    assert result.code == 75 and result.err.endswith(" (--no_save_checkpoints); begin again, for there is no "
+                                                     "checkpoint yet\n")
 
 
 def test_an_interruption_before_training_is_one_line(trainer, monkeypatch):

@@ -106,6 +106,22 @@ def test_only_what_was_not_read_is_run(monkeypatch):
     assert run == [5, 1, 3, 1, 6, 11, 11, 1]
 
 
+@pytest.mark.parametrize("changes", [dict(), dict(window=5), dict(document_mask=True)], ids=str)
+def test_the_mask_is_made_once_for_all_blocks(monkeypatch, changes):
+    """One that attention's kernels take as it is: numbers, in rows that are aligned."""
+    cache, masks = sample.Cache(network(small_config(n_layer=3, **changes))), []
+    plain = script.F.scaled_dot_product_attention
+    monkeypatch.setattr(script.F, "scaled_dot_product_attention", lambda *args, attn_mask, **more: (
+        masks.append(attn_mask), plain(*args, attn_mask=attn_mask, **more))[1])
+    idx = texts_of(cache.model.config, 20)
+    cache(idx[:, :9])
+    del masks[:]
+    cache(idx[:, :19])
+    assert len(masks) == 3 and len(set(map(id, masks))) == 1
+    assert masks[0].dtype == torch.float32 and masks[0].stride(-1) == 1
+    assert all(stride % 16 == 0 for stride in masks[0].stride()[:-1])
+
+
 def test_what_failed_on_the_way_is_not_taken_for_read(float64):
     model = network(small_config(n_layer=3))
     cache, idx = sample.Cache(copy.deepcopy(model)), texts_of(model.config, 12)

@@ -51,6 +51,7 @@ except (ImportError, AttributeError, OSError) as e:  # missing; an old torch; a 
     print(f"FAIL    packages: {' '.join(str(e).split())}; source activate_env.sh, or pip install -r requirements.txt")
     sys.exit(1)
 
+SCRIPT = ROOT / "train_gpt2_mod.py"
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 GIB = 2**30
 CHECKPOINTS, BYTES_A_PARAMETER = 3, 12  # to have room for; a weight and AdamW's two moments, in fp32
@@ -516,7 +517,7 @@ def check_resume(flags, steps=10, nproc=1, keep=None, output_dir=script.TrainCon
         if overridden:
             print(f"overridden: {', '.join(overridden)}")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(nproc)] if nproc > 1 else []
-        trainer = [sys.executable, *launch, str(ROOT / "train_gpt2_mod.py")]
+        trainer = [sys.executable, *launch, str(SCRIPT)]
         settings = [str(word) for name, value in ours.items() for word in (f"--{name}", value)]
         train("first run", [*trainer, *flags, *settings, "--save_checkpoints"])
         whole, = (path for path in (folder / "whole").iterdir() if path.is_dir())

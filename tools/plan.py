@@ -7,8 +7,13 @@
 After -- stand the variant's flags, as train_gpt2_mod.py takes them. Its share of key/value heads and its MLP expansion
 stay (a typed --ffn_hidden too); the width becomes what comes nearest with heads of a size that is a multiple of 8. Both
 networks are counted with one vocabulary: --vocab_size of the flags, else the baseline's.
+A program of docs/ that knows further networks runs this for them: docs/24-mamba-2/mamba.py tools/plan.py --match ...
 """
+import bisect
+import contextlib
 import dataclasses
+import itertools
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -54,13 +59,22 @@ def candidates(typed, config):
 
 def match(typed, config, target, size_of):
     """The flags whose network comes nearest to the target. Size grows with width, so the search halves the range; heads
-    of another size disturb that a little, which is why some neighbours are looked at too."""
+    of another size disturb that a little, which is why some neighbours are looked at too. Widths that the network's
+    other parts do not allow are passed over."""
     flags = candidates(typed, config)
-    low, high = 0, len(flags) - 1
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if size_of(flags[middle]) < target else (low, middle)
-    return min(flags[max(0, low - 2) : low + 2], key=lambda flags: abs(size_of(flags) - target))
+
+    def sized(some):
+        for one in some:
+            with contextlib.suppress(script.ConfigError):
+                yield size_of(one), one
+
+    def size_from(i):
+        return next(sized(flags[i:]), (math.inf, None))[0]
+
+    low = bisect.bisect_left(range(len(flags)), target, key=size_from)
+    near = [*itertools.islice(sized(flags[low - 1 :: -1] if low else []), 2), *itertools.islice(sized(flags[low:]), 2)]
+    script.require(near, "no width that may be had suits the flags; type the variant's --n_embd and --n_head")
+    return min(near, key=lambda found: abs(found[0] - target))[1]
 
 
 def flags_text(flags):

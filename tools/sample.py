@@ -36,6 +36,7 @@ from shards import Parser  # noqa: E402
 from text_encodings import EOT_TEXT, TOKENIZER, get_encoding, without_surrogates  # noqa: E402
 from train_gpt2_mod import GPT, WEIGHTS, DataError, GPTConfig, load_checkpoint, require  # noqa: E402
 
+MASK_ROW_MULTIPLE = 16  # numbers from row to row of the masks that CUDA's kernel in fp32 takes as they are
 ENCODINGS = {257: "bytes", 50257: "gpt2"}  # by size of the vocabulary
 # Modules in whose forward a token meets no other, or meets them only in those that the cache sees to.
 KNOWN = {
@@ -153,14 +154,16 @@ class Cache:
         return kept[..., :end, :]
 
     def mask(self, idx):
-        """What the tokens that run may look at, (t, keys) or (B, 1, t, keys)."""
+        """0 where the tokens that run may look, else -inf, (t, keys) or (B, 1, t, keys). Done here for all blocks: of a
+        mask of truth values, or with rows of another length, each block's attention would make such a one itself."""
         T, documents = idx.size(1), self.model.documents(idx)
         q = torch.arange(self.start, T, device=idx.device)[:, None]
         k = torch.arange(self.first, T, device=idx.device)
         seen = (q >= k) & (q - k < (self.model.config.window or T))
-        if documents is None:
-            return seen
-        return seen & (documents[:, None, self.start :, None] == documents[:, None, None, self.first :])
+        if documents is not None:
+            seen = seen & (documents[:, None, self.start :, None] == documents[:, None, None, self.first :])
+        mask = torch.zeros_like(seen, dtype=self.model.lm_head.weight.dtype).masked_fill_(~seen, -torch.inf)
+        return script.pad_to(mask, MASK_ROW_MULTIPLE)[..., : mask.size(-1)]
 
     def attend(self, attention, q, k, v, mask):
         k, v = (self.extended((attention, name), z)[:, :, self.first :] for name, z in (("k", k), ("v", v)))
