@@ -364,6 +364,13 @@ IMPACT = {
     "Quality": [("RoPE", "better", ["rope-loss"]), ("SwiGLU", "better", ["swiglu-loss"]),
                 ("Gradient accumulation", "better", ["accumulation-loss"])],
 }
+def against_d12(experiment, *arms):
+    """Measures of networks of docs/23, 24 and 28 at equal tokens."""
+    return [dict(experiment=experiment, part="equal tokens", arm=arm, metric="loss") for arm in arms]
+
+
+MOE, MAMBA = against_d12("mixture-of-experts", "d12_moe"), against_d12("mamba-2", "d12_mamba2")
+RECURRENCES = against_d12("linear-recurrences", "d12_retnet", "d12_delta", "d12_rwkv7", "d12_hyena")
 DIFFICULTY = {  # as the documents have it, with the time they give; here it is a flag
     "Easy (< 1 hour)": [("torch.compile", "`--compile`", ["compile"]),
                         ("Gradient accumulation", "`--gradient_accumulation_steps 4`", ["accumulation-loss"]),
@@ -374,9 +381,10 @@ DIFFICULTY = {  # as the documents have it, with the time they give; here it is 
                            ("SwiGLU", "`--mlp swiglu --mlp_expansion_factor 8/3`", ["swiglu-loss"])],
     "Hard (1-2 days)": [("Flash attention", "`--attention flash`", ["flash-step-1024"]),
                         ("Grouped-query attention", "`--gqa_enabled`", ["gqa-throughput", "gqa-saves"]),
-                        ("Mixture of experts", "`--model d12_moe` of docs/23", []),
-                        ("Mamba", "`--model d12_mamba2` of docs/24", [])],
+                        ("Mixture of experts", "`--model d12_moe` of docs/23", MOE),
+                        ("Mamba", "`--model d12_mamba2` of docs/24", MAMBA)],
 }
+OWN_RESULTS = "its own"  # of a folder that is not in docs/experiments.py: its README.md has tables of its results.jsonl
 # experiment -> (priority, difficulty, impact as the documents expect it, stages, claims, folder)
 STATUS = {
     "Gradient accumulation": ("High", "Easy", "Medium", "1 and 2", ["accumulation-loss"], "06-gradient-accumulation"),
@@ -391,8 +399,12 @@ STATUS = {
     "Multi-token prediction": ("-", "-", "-", "1 and 2", ["mtp-efficiency", "mtp-cost"], "14-mtp"),
     "GQA, MQA, latent attention": ("-", "Hard", "-", "1 only", ["gqa-sooner", "kv-cache"], "15-gqa"),
     "MLP family": ("-", "-", "-", "1 only", ["mlp3x-step", "mlp3x-loss"], "16-mlp-family"),
-    "Mamba": ("Low", "Hard", "Educational", "1 only", [], "24-mamba-2"),
-    "MoE": ("Low", "Hard", "Educational", "1 only", [], "23-mixture-of-experts"),
+    "Mamba": ("Low", "Hard", "Educational", "1 only", MAMBA, "24-mamba-2"),
+    "MoE": ("Low", "Hard", "Educational", "1 only", MOE, "23-mixture-of-experts"),
+    "Long context": ("-", "-", "-", "2 only", [OWN_RESULTS], "25-long-context"),
+    "Retrieval": ("-", "-", "-", "after", [OWN_RESULTS], "26-retrieval"),
+    "Test-time compute": ("-", "-", "-", "after", [OWN_RESULTS], "27-test-time-compute"),
+    "RetNet, gated DeltaNet, RWKV-7, Hyena": ("-", "-", "-", "1 only", RECURRENCES, "28-linear-recurrences"),
 }
 # what -> (flag, claims or measures, in words)
 OPTIONS = [
@@ -424,13 +436,16 @@ OPTIONS = [
 ]
 
 
-def in_brief(found, claims, rows, verdicts=True):
+def in_brief(found, claims, rows, verdicts=True, folder=None):
     """What is known of some claims, or by a measure, for a cell; not run yet where nothing is."""
     cells = []
     for claim in claims:
-        if isinstance(claim, dict):
+        if claim == OWN_RESULTS:
+            cells += ["in its README"] if measuring.read(HERE / folder / "results.jsonl") else []
+        elif isinstance(claim, dict):
             its = find(claim, rows)
-            cells += [f"{its.words}; {its.source}"] if its else []
+            arm = f"`{claim['arm']}` " if "experiment" in claim else ""
+            cells += [f"{arm}{its.words}; {its.source}"] if its else []
         elif found[claim][1].words:
             its = found[claim][1]
             cells.append(f"{its.words}; {its.source}" + f" (**{its.verdict}**)" * verdicts)
@@ -448,12 +463,12 @@ def index_tables(found, rows):
         made += [f"**{title}**, here a flag", "", table(["", "flag", "measured"], [
             [name, flag, in_brief(found, ids, rows)] for name, flag, ids in lines]), ""]
     made += ["## Status", "", "Stage 1 is a run from nothing, stage 2 one that goes on from weights, where what",
-             "changes the network is refused, with a line that says so.", ""]
+             "changes the network is refused, with a line that says so; after: on a network that is trained.", ""]
     lines = []
     for name, (priority, difficulty, impact, stages, ids, folder) in STATUS.items():
         link = f"[{folder}]({folder}/README.md)"
-        lines.append([name, "built", priority, difficulty, impact, stages, in_brief(found, ids, rows),
-                      link])
+        lines.append([name, "built", priority, difficulty, impact, stages,
+                      in_brief(found, ids, rows, folder=folder), link])
     made += [table(["experiment", "status", "priority", "difficulty", "impact expected", "stages", "measured",
                     "folder"], lines)]
     return "\n".join(made)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The experiments of docs/06 to docs/22, one table and one runner: what the owner's documents expect, measured.
+"""The experiments of docs/06 to docs/24 and docs/28, one table and one runner: what the owner's documents expect,
+measured.
 
     python docs/experiments.py --plan
     python docs/experiments.py --only rmsnorm --input_bin 'bench/train_*.bin' --input_val_bin 'bench/val_*.bin'
@@ -8,15 +9,23 @@
     python docs/experiments.py --table
     python docs/experiments.py --write
 
-A run measures what experiments.jsonl does not hold yet for this GPU, in the order of --plan: speed, memory and kernels
-first, then losses; it appends a record each, and at its end writes the results into the folders' README.md and what
-docs/claims.py makes. So the same command goes on where the last one stopped. Only losses need shards, of GPT-2's
+A run measures what experiments.jsonl does not hold yet for this GPU, in the order of --plan: speed and memory,
+operations alone, then losses after equal tokens and after equal seconds; it appends a record each, and at its end
+writes the results into the folders' README.md and what docs/claims.py makes. So the same command goes on where the last
+one stopped. Runs of the same flags are the same run, in whatever experiment. Only losses need shards, of GPT-2's
 vocabulary. --only picks experiments, --kind their parts, --seeds says how many, --budget_s when to stop; --parallel N
-has N runs of the losses on each GPU at a time, whose losses count but not their speed. The last two print, and write.
+has N runs of the losses on each GPU at a time, whose losses count but not their speed; those of equal seconds are one
+at a time. The last two print, and write.
+
+    python docs/experiments.py --script docs/24-mamba-2/mamba.py --model d12_mamba2
+
+is how it starts a run of a network of docs/23, 24 or 28; tools/bench.py takes the same words.
 """
 import argparse
 import json
 import math
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,19 +42,22 @@ sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tools")]
 import measuring  # noqa: E402
 from measuring import Run, last_of, table  # noqa: E402
 
-KINDS = ("speed", "kernels", "loss")
+KINDS = ("speed", "kernels", "loss", "seconds")
+RUNS = ("loss", "seconds")  # kinds that train
 CONFIDENCE = 0.95
 WINDOWS = "--warmup 5 --windows 3 --steps 6"
 BEGIN, END = "<!-- made by docs/experiments.py -->", "<!-- end -->"
 NOT_RUN = "not run yet"
 DATA = "--input_bin 'data/fineweb10B/fineweb_train_*.bin' --input_val_bin 'data/fineweb10B/fineweb_val_*.bin'"
-OWN_PROGRAMS = {"mtp_anneal": HERE / "14-mtp" / "annealed.py"}  # a flag that the script has not -> who takes it
+# A flag that the script has not -> who takes it.
+OWN_PROGRAMS = {"mtp_anneal": HERE / "14-mtp" / "annealed.py", "script": HERE / "experiments.py"}
+NOT_THE_SCRIPTS = {*OWN_PROGRAMS, "hyena_length"}
 
 
 class Part(NamedTuple):
     """Arms that are compared, the first of them the base. Their flags stand behind the common ones."""
 
-    kind: str  # speed: by tools/bench.py, in turn; loss: whole runs; kernels: by op_times.py
+    kind: str  # speed: by tools/bench.py, in turn; kernels: by op_times.py; loss, seconds: whole runs
     about: str  # what is compared, in words
     common: str
     arms: dict  # name -> flags; of kernels name -> (operation, settings)
@@ -78,6 +90,7 @@ MINI = "--model mini"
 MEDIUM = "--model gpt2-medium --batch_size 16 --total_batch_size 32768"
 LARGE_D12 = "--batch_size 64 --total_batch_size 131072"
 MTP = "--mtp_enabled --mtp_max_steps"
+MINUTES = 0.5  # of training, of equal seconds
 
 
 def lengths(common, **arms):
@@ -100,6 +113,26 @@ def stacked():
         on = [name for i, name in enumerate(switches) if bits >> i & 1]
         arms[" + ".join(on) or "none"] = " ".join(flags[name in on] for name, flags in switches.items())
     return arms
+
+
+def against_d12(program, *presets, long={}):
+    """Networks of another program against `d12`, whose run of equal tokens is docs/15's and docs/16's too. `long` has
+    the further flags of a preset at T = 8,192."""
+    def arms(own="", further={}):
+        return {"d12": "--model d12",
+                **{name: " ".join(f"--script docs/{program} --model {name} {own} {further.get(name, '')}".split())
+                   for name in presets}}
+
+    alike, brief = "--batch_size 16 --total_batch_size 65536", "--warmup 3 --steps 4"
+    return {
+        "T=1024": Part("speed", "65,536 tokens a step, 16 sequences of 1,024 at a time", alike, arms(), brief),
+        "T=8192": Part("speed", "65,536 tokens a step, 2 sequences of 8,192 at a time",
+                       "--sequence_length 8192 --batch_size 2 --total_batch_size 65536", arms(further=long), brief),
+        "equal tokens": Part("loss", "20.0 M tokens", SHORT, arms(own="--batch_size 16")),
+        "equal seconds": Part("seconds", f"{60 * MINUTES:g} s of training each, one run at a time",
+                              f"{alike} --sequence_length 1024 {SCHEDULE} --warmup_iters 20 --minutes {MINUTES:g}",
+                              arms()),
+    }
 
 
 EXPERIMENTS = {
@@ -253,7 +286,21 @@ EXPERIMENTS = {
                            "16 layers, batch of 16": "--n_layer 16 --batch_size 16"},
                        "--warmup 3 --windows 2 --steps 4"),
     }),
+    "mixture-of-experts": Experiment("23-mixture-of-experts", against_d12("23-mixture-of-experts/moe.py", "d12_moe")),
+    "mamba-2": Experiment("24-mamba-2", against_d12("24-mamba-2/mamba.py", "d12_mamba2")),
+    "linear-recurrences": Experiment("28-linear-recurrences", against_d12(
+        "28-linear-recurrences/recurrences.py", "d12_retnet", "d12_delta", "d12_rwkv7", "d12_hyena",
+        long={"d12_hyena": "--hyena_length 8192"})),
+    "moe-presets": Experiment("23-mixture-of-experts", against_d12(
+        "23-mixture-of-experts/moe.py", "d12_moe_bias", "d12_moe_switch", "d12_moe_shared")),
+    "mamba-presets": Experiment("24-mamba-2", against_d12(
+        "24-mamba-2/mamba.py", "d12_mamba2_hybrid", "d24_mamba2", "d24_mamba2_hybrid")),
+    "delta-hybrid": Experiment("28-linear-recurrences", against_d12(
+        "28-linear-recurrences/recurrences.py", "d12_delta_hybrid")),
 }
+FOLDERS = {}  # folder -> its experiments
+for its_name, its in EXPERIMENTS.items():
+    FOLDERS.setdefault(its.folder, []).append(its_name)
 
 
 def parts(names=None, kinds=None):
@@ -269,9 +316,12 @@ def run_of(name, part, arm):
 
 
 def script_flags(flags):
-    """Those that the script takes, without what a program of the experiment's own takes."""
+    """Those that the script takes, without what a program of the experiment's own takes; of another program's network
+    those of `d12`, which it has the size of."""
+    typed = last_of(flags)
+    typed |= dict(model="d12") if "script" in typed else {}
     return " ".join(f"--{name}" + (f" {value}" if value else "") if value != "no" else f"--no_{name}"
-                    for name, value in last_of(flags).items() if name not in OWN_PROGRAMS)
+                    for name, value in typed.items() if name not in NOT_THE_SCRIPTS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,6 +329,7 @@ def script_flags(flags):
 
 FLOPS = dict(fp32=4e13, fp16=3e14, bf16=3.5e14, fp8=3.5e14)  # a second, of a step: to plan with
 EAGER, STARTING = 0.5, 15  # its share of that; seconds of a process beside training and compiling
+SLOWER = 2  # seconds of another program's network by those of d12: assumed, none was measured
 
 
 @lru_cache(maxsize=None)
@@ -300,7 +351,10 @@ def planned_seconds(kind, flags, settings=""):
     config, run, flops = resolved(flags)
     eager = run.compile is False
     rate = FLOPS[config.precision] * (EAGER if eager else 1) / flops * (0.3 if run.attention == "math" else 1)
+    rate /= SLOWER if "script" in last_of(flags) else 1
     compiling = 3 if eager else (8 + 1.3 * config.n_layer) * (2 if config.precision == "fp8" else 1)
+    if kind == "seconds":
+        return STARTING + compiling / 2 + 60 * run.minutes
     if kind == "loss":
         return STARTING + compiling / 2 + run.num_iterations * run.tokens_per_step / rate  # compiled once for the seeds
     bench = last_of(f"{WINDOWS} --builds 2 {settings}")
@@ -308,27 +362,44 @@ def planned_seconds(kind, flags, settings=""):
     return compiling / builds + (warmup + windows * (steps + 1)) * run.tokens_per_step / rate
 
 
-def part_seconds(part, seeds):
-    each = sum(planned_seconds(part.kind, part.arms[arm] if part.kind == "kernels" else part.flags(arm), part.settings)
-               for arm in part.arms)
-    return STARTING * (part.kind != "loss") + each * (seeds if part.kind == "loss" else 1)
+def arm_seconds(part, arm):
+    return planned_seconds(part.kind, part.arms[arm] if part.kind == "kernels" else part.flags(arm), part.settings)
+
+
+def part_seconds(part, started=False):
+    """Of speed and kernels, whose process may have been started by another part of kernels."""
+    return STARTING * (not started) + sum(arm_seconds(part, arm) for arm in part.arms)
 
 
 def expected_seconds(run, rows, sharing=0):
     """By runs of the same flags on this GPU, else by the plan."""
     like = [r for r in rows if run.is_of(r)]
+    if "minutes" in last_of(run.flags):
+        return measuring.MARGIN * max((r["wall_s"] for r in like), default=planned_seconds("seconds", run.flags))
     return (measuring.expected_seconds(run, like, sharing) if like
             else measuring.MARGIN * planned_seconds("loss", run.flags))
 
 
+def run_key(name, part, arm):
+    """What two runs have in common that are the same."""
+    return frozenset(last_of(run_of(name, part, arm).flags).items())
+
+
 def print_plan(names, kinds, seeds):
-    """A part a line, in the order in which they are run, with what is there already on whatever GPU."""
-    rows, total = measuring.read(RESULTS), 0.0
+    """A part a line, in the order in which they are run, with what is there already on whatever GPU. Kernels have one
+    process; a run that another part has too counts there where it is first."""
+    rows, total, started, seen = measuring.read(RESULTS), 0.0, False, set()
     print(f"{'expected s':>10} {'in all':>7}  {'kind':8} {'there':>7}  experiment: part")
     for name, title, part in parts(names, kinds):
-        seconds = part_seconds(part, seeds)
+        if part.kind in RUNS:
+            fresh = {arm: key for arm in part.arms if (key := run_key(name, part, arm)) not in seen}
+            seconds = seeds * sum(arm_seconds(part, arm) for arm in fresh)
+            seen.update(fresh.values())
+        else:
+            seconds = part_seconds(part, started and part.kind == "kernels")
+            started |= part.kind == "kernels"
         total += seconds
-        every = len(part.arms) * (seeds if part.kind == "loss" else 1)
+        every = len(part.arms) * (seeds if part.kind in RUNS else 1)
         there = sum(len({r.get("seed") for r in rows if is_of(r, name, title, part, arm)}) for arm in part.arms)
         print(f"{seconds:10,.0f} {total:7,.0f}  {part.kind:8} {f'{there} of {every}':>7}  {name}: {title}")
 
@@ -339,8 +410,9 @@ def print_plan(names, kinds, seeds):
 
 def is_of(record, name, title, part, arm):
     """Whether a record is of this arm as the table has it now."""
-    if part.kind == "loss":
-        return record["kind"] not in KINDS and run_of(name, part, arm).is_of(record)
+    if part.kind in RUNS:
+        alone = part.kind == "loss" or not record.get("sharing")
+        return record["kind"] not in KINDS and alone and run_of(name, part, arm).is_of(record)
     place = (record["kind"], record.get("experiment"), record.get("part"), record.get("arm"))
     if place != (part.kind, name, title, arm):
         return False
@@ -356,10 +428,14 @@ def bench(part, arms, settings=""):
         how = f"{WINDOWS} --builds 2 {part.settings} {settings}"
         command = [sys.executable, ROOT / "tools" / "bench.py", *how.split(), "--json", found,
                    *(f"--seed 1 {part.arms[arm]}" for arm in arms), "--", *part.common.split()]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
+            raise RuntimeError(last_line(done.stderr))
         return [json.loads(line) for line in found.read_text().splitlines()]
+
+
+def last_line(stderr):
+    return (stderr.strip().splitlines() or ["it said nothing"])[-1]
 
 
 def speed_records(part):
@@ -395,36 +471,61 @@ def text_of(part, arm):
     return " ".join(f"--seed 1 {part.arms[arm]} {part.common}".split())
 
 
-def kernel_records(part):
-    """A record of each arm, by op_times.py in a process of its own."""
-    asked = json.dumps([part.arms[arm] for arm in part.arms])
-    done = subprocess.run([sys.executable, HERE / "op_times.py", asked], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["it said nothing"])[-1])
-    return [dict(arm=arm, flags="", script_sha256=measuring.source(), **json.loads(line))
-            for arm, line in zip(part.arms, done.stdout.splitlines())]
+def kernel_records(asked):
+    """[(records of the arms, why there are none of the others)] of parts of kernels, by one process of op_times.py,
+    which says what a part gave before it begins the next. An operation without room is recorded as such."""
+    command = [sys.executable, HERE / "op_times.py", *(json.dumps([*part.arms.values()]) for part in asked)]
+    done, found = subprocess.run(command, capture_output=True, text=True), []
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    for part in asked:
+        its, lines = lines[: len(part.arms)], lines[len(part.arms) :]
+        wrong = [row["error"] for row in its if "error" in row]
+        wrong += [last_line(done.stderr)] * (len(its) < len(part.arms))
+        found.append(([dict(arm=arm, flags="", script_sha256=measuring.source(), **row)
+                       for arm, row in zip(part.arms, its) if "error" not in row], "; ".join(wrong)))
+    return found
 
 
 def run_parts(names, kinds, end):
-    """Measure the parts that are no losses and not there; how many failed."""
+    """Measure the parts that train nothing and are not there; how many failed. All of kernels are one process."""
     gpu, failures = measuring.gpu_name(), 0
-    for name, title, part in parts(names, kinds):
-        if part.kind == "loss":
-            continue
+
+    def missing(kind):
         rows = [r for r in measuring.read(RESULTS) if r["gpu"] == gpu]
-        if all(any(is_of(r, name, title, part, arm) for r in rows) for arm in part.arms):
-            continue
-        if time.monotonic() + measuring.MARGIN * part_seconds(part, 1) > end:
-            print(f"no time left for {name}: {title}", flush=True)
-            continue  # a shorter one may have it
-        try:
-            found = speed_records(part) if part.kind == "speed" else kernel_records(part)
-        except Exception as error:  # whatever it is, the next part may do
-            failures += 1
-            print(f"failed: {name}: {title}: {measuring.why(error)}", flush=True)
-            continue
+        return [(name, title, part) for name, title, part in parts(names, kinds) if part.kind == kind
+                and not all(any(is_of(r, name, title, part, arm) for r in rows) for arm in part.arms)]
+
+    def fits(name, title, seconds):
+        if time.monotonic() + measuring.MARGIN * seconds <= end:
+            return True
+        print(f"no time left for {name}: {title}", flush=True)
+        return False  # a shorter one may have it
+
+    def keep(name, title, part, found, wrong=""):
         measuring.append(RESULTS, *(dict(kind=part.kind, experiment=name, part=title, **row) for row in found))
-        print(f"{name}: {title}: " + ", ".join(f"{r['arm']} {said(r)}" for r in found), flush=True)
+        if found:
+            print(f"{name}: {title}: " + ", ".join(f"{r['arm']} {said(r)}" for r in found), flush=True)
+        if wrong:
+            print(f"failed: {name}: {title}: {wrong}", flush=True)
+        return bool(wrong)
+
+    for name, title, part in missing("speed"):
+        if not fits(name, title, part_seconds(part)):
+            continue
+        try:
+            found, wrong = speed_records(part), ""
+        except Exception as error:  # whatever it is, the next part may do
+            found, wrong = [], measuring.why(error)
+        failures += keep(name, title, part, found, wrong)
+    together, seconds = [], 0.0
+    for name, title, part in missing("kernels"):
+        more = part_seconds(part, started=bool(together))
+        if fits(name, title, seconds + more):
+            together.append((name, title, part))
+            seconds += more
+    if together:
+        for place, its in zip(together, kernel_records([part for *_, part in together])):
+            failures += keep(*place, *its)
     return failures
 
 
@@ -436,14 +537,16 @@ def said(record):
     return f"{record['tokens_per_second']:,.0f} tokens/s, {record['peak_mem_MB']:,} MiB"
 
 
-def run_losses(names, args, begun):
-    """Run what is missing of the losses, experiment by experiment, seed by seed; how many failed."""
+def run_losses(names, kind, args, begun):
+    """Run what is missing of the losses, experiment by experiment, seed by seed; how many failed. Those of equal
+    seconds have a GPU each."""
     tasks = {}
-    for name, _, part in parts(names, ["loss"]):
+    for name, _, part in parts(names, [kind]):
         for seed in range(1, args.seeds + 1):
             for arm in part.arms:
-                run = run_of(name, part, arm)
-                tasks.setdefault((frozenset(last_of(run.flags).items()), seed), (run, seed))
+                tasks.setdefault((run_key(name, part, arm), seed), (run_of(name, part, arm), seed))
+    if kind == "seconds" and args.parallel:
+        args = argparse.Namespace(**{**vars(args), "parallel": 1})
     failures = 0
     own = {program: [task for task in tasks.values() if flag in last_of(task[0].flags)]
            for flag, program in OWN_PROGRAMS.items()}
@@ -472,7 +575,7 @@ class Arm(NamedTuple):
 def arm_of(rows, name, title, part, arm):
     """Of speed and kernels the newest record counts, of a seed's loss too."""
     mine = [r for r in rows if is_of(r, name, title, part, arm)]
-    if part.kind != "loss":
+    if part.kind not in RUNS:
         last = mine[-1] if mine else {}
         if part.kind == "kernels":
             return Arm(last.get("peak_MiB"), last.get("windows_ms", []), None, {}, None, last.get("failed"), mine[-1:])
@@ -674,6 +777,13 @@ def block(name, rows=None):
     return "\n".join(lines).rstrip()
 
 
+def blocks(folder):
+    """Those of all experiments of a folder."""
+    if len(FOLDERS[folder]) == 1:
+        return block(FOLDERS[folder][0])
+    return "\n\n".join(f"### `{name}`\n\n{block(name)}" for name in FOLDERS[folder])
+
+
 def rewritten(text, made):
     """A document with what stands between the two marks made anew."""
     before, rest = text.split(BEGIN)
@@ -684,9 +794,9 @@ def write():
     """Write the results into each folder's README.md, and what docs/claims.py makes."""
     import claims
 
-    for name, experiment in EXPERIMENTS.items():
-        path = HERE / experiment.folder / "README.md"
-        path.write_text(rewritten(path.read_text(), block(name)))
+    for folder in FOLDERS:
+        path = HERE / folder / "README.md"
+        path.write_text(rewritten(path.read_text(), blocks(folder)))
     claims.write()
 
 
@@ -708,6 +818,9 @@ def make_parser():
 
 def main(argv=None):
     """The exit code: 1 if something failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--script"]:
+        os.execv(sys.executable, [sys.executable, *argv[1:]])
     begun, args = time.monotonic(), make_parser().parse_args(argv)
     names, failed = args.only or list(EXPERIMENTS), 0
     if args.plan:
@@ -716,8 +829,9 @@ def main(argv=None):
     if not args.table and not args.write:
         try:
             failed = run_parts(names, args.kind, begun + args.budget_s)
-            if not args.kind or "loss" in args.kind:
-                failed += run_losses(names, args, begun)
+            for kind in RUNS:
+                if not args.kind or kind in args.kind:
+                    failed += run_losses(names, kind, args, begun)
         finally:
             write()
     if args.write:
@@ -727,5 +841,16 @@ def main(argv=None):
     return 1 if failed else 0
 
 
+def main_of_a_pipe():
+    """main(), which ends without a word where nobody reads on, as before head."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return 128 + signal.SIGPIPE
+
+
 if __name__ == "__main__":
-    measuring.run(main, RESULTS)
+    measuring.run(main_of_a_pipe, RESULTS)

@@ -5,13 +5,19 @@ which is then run with those networks known:
 
     python docs/23-mixture-of-experts/moe.py tools/sample.py logs --prompt 'Once upon a time'
     python tools/bench.py "--model d12" "--script docs/23-mixture-of-experts/moe.py --model d12_moe"
+
+At the end stands what the experiments with a trained network share, whatever they train.
 """
 import contextlib
+import functools
 import importlib.util
+import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
 
+import measuring
 import torch._functorch.config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +97,20 @@ def with_states(Cache, kind, scan):
     return StateCache
 
 
+def head_help(path, doc):
+    """Have --help be headed by a program's name and the first paragraph of its docstring."""
+    before = script.make_parser
+
+    def make_parser():
+        parser = before()
+        parser.prog = Path(path).name
+        its = parser.description.removeprefix(script.__doc__.split("\n")[0])
+        parser.description = " ".join(doc.split("\n\n")[0].split()) + its
+        return parser
+
+    exchange(make_parser=make_parser)
+
+
 def show_source(path):
     """Have the head of a run's log, and what its processes compare, hold a program's text too."""
     before = script.source
@@ -123,3 +143,106 @@ def main(argv, program, modules=(), cache=lambda own: own):
     except (ValueError, OSError) as e:  # of hf.py, which leaves them to its own last lines
         print(f"error: {script.first_line(e)}", file=sys.stderr)
         return 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experiments with a trained network: 25-long-context, 26-retrieval, 27-test-time-compute
+
+
+def experiment_parser(program, doc, checkpoint, what, made, counts):
+    """With the flags that all of them have, and this one's numbers {flag: (default, least, most, help)}. What the
+    checkpoint is for, and what is made, are said in the help."""
+    folder = Path(program).resolve().parent
+    parser, output = script.FlagParser(description=doc.split("\n\n")[0], allow_abbrev=False), f"logs/{folder.name[:2]}"
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=checkpoint, help=what)
+    add("--device", default="auto", help="cuda, mps or cpu [the first of them that is there]")
+    add("--output_dir", type=Path, default=Path(output), help=f"folder of {made} [{output}]")
+    add("--results", type=Path, default=folder / "results.jsonl", help="file of results [results.jsonl beside this]")
+    add("--table", action="store_true", help="print the tables of the results and stop")
+    for name, (default, _, _, text) in counts.items():
+        add(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
+    return parser
+
+
+def parse_experiment(parser, argv, counts):
+    """(args, the flags of the script behind --), with all that can be said of them, of the results and of the folders
+    before anything is read."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:end])
+    for name, (_, least, most, _) in counts.items():
+        value = getattr(args, name)
+        script.require(least <= value <= most, f"{name}={value} must be from {least} to {most}")
+    try:
+        there = measuring.read(args.results)
+    except ValueError as e:
+        raise script.DataError(f"results={args.results} holds a line that is no record ({script.first_line(e)}); mend "
+                               "it, or name another") from e
+    script.require(there or not args.table, f"results={args.results} holds nothing: not measured yet")
+    for name in ("output_dir", "results") if not args.table else ():
+        path = getattr(args, name).absolute()
+        place = next(there for there in (path, *path.parents) if there.exists())  # itself, or where it is made
+        right = place.is_dir() or name == "results" and place == path
+        script.require(right and os.access(place, os.W_OK), f"{name}={getattr(args, name)} cannot be written ({place} "
+                       "is not writable here); name another")
+    if not args.table:
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+    return args, argv[end + 1 :]
+
+
+def experiment(main):
+    """main(argv) as a program, to its exit code: what can be mended, or an interruption, is one line on stderr."""
+    @functools.wraps(main)
+    def program(argv=None):
+        try:
+            try:
+                return main([str(word) for word in (sys.argv[1:] if argv is None else argv)]) or 0
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # who reads has gone, such as head; Python's own last flush must not meet that
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError among them
+            print(f"error: {script.first_line(e)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on", file=sys.stderr)
+            return 130
+
+    return program
+
+
+def open_shards(pattern, flag, path, vocab_size):
+    """The shards that a flag or the checkpoint at a path names, whose tokens its network knows."""
+    script.require(pattern, f"{path} does not say what shards it is of; name them with --{flag}")
+    shards = script.TokenShards(pattern)
+    script.require(shards.vocab_size == vocab_size, f"{flag}={pattern} has a vocabulary of {shards.vocab_size}, the "
+                   f"network of {path} one of {vocab_size}; name shards of its tokenizer")
+    shards.check_ids()
+    return shards
+
+
+def refuse_own(words, own):
+    """Raise ConfigError where flags of the script, behind --, are none or are in a program's own hands."""
+    typed = script.parse_flags(words)
+    for name in own:
+        script.require(name not in typed, f"{name} is set by this program; drop it from what stands behind --")
+
+
+def check_training(flags, world, vocab_size, path=None, content=None, flag="--checkpoint"):
+    """The network's and the run's configuration of a training with flags of the script, from the weights of a
+    checkpoint, of a flag's name, if there is one. Raises ConfigError for what the script will refuse of them."""
+    typed = script.parse_flags(flags)
+    ignored = [name for name in script.STARTS if content and name in typed]
+    script.require(not ignored, f"{', '.join(ignored)} would be ignored: the weights come from {flag}; drop it")
+    config, run, _ = script.resolve(typed, world.machine(vocab_size), content and script.initial_fields(content))
+    try:
+        script.refuse_other_network(config, run, script.Origin(path, content))
+    except script.ConfigError as e:
+        raise script.ConfigError(str(e).replace("--init_from", flag)) from e
+    script.attention_kernel(config, run, world)
+    return config, run
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type

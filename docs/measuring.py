@@ -341,3 +341,19 @@ def losses(rows, run):
 
 def mean(values):
     return statistics.fmean(values) if values else None
+
+
+def wilson(hits, count, z=1.959964):
+    """The 95% interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22)."""
+    p, spread = hits / count, z * z / count
+    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / count + spread / count / 4)
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+
+
+def verdict(intervals, better="less"):
+    """What is said of a difference by its intervals [(low, high)], of one or several seeds, where less or "more" is
+    better: a side, if none of them reaches 0."""
+    for word, wins in (("better", better), ("worse", "more" if better == "less" else "less")):
+        if all(high < 0 if wins == "less" else low > 0 for low, high in intervals):
+            return word
+    return "not distinguishable"

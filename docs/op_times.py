@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""Time an operation of the network alone, forward and backward: JSON lines, for docs/experiments.py.
+"""Time operations of the network alone, forward and backward: JSON lines, for docs/experiments.py.
 
-    python docs/op_times.py '[["norm", {"kind": "rmsnorm", "dtype": "bfloat16", "compiled": true}]]'
+    python docs/op_times.py '[["norm", {"kind": "rmsnorm", "dtype": "bfloat16", "compiled": true}]]' \\
+        '[["attention", {"kernel": "math", "T": 512}], ["attention", {"kernel": "flash", "T": 512}]]'
 
-Needs a GPU. The operations take turns, five windows of 20 calls each; milliseconds are of a call, the memory is the
-allocator's peak above the inputs.
+Needs a GPU. Each argument is a group, whose operations take turns, five windows of 20 calls each; the groups come one
+after the other, a line for each operation as soon as its group is measured. Milliseconds are of a call, the memory is
+the allocator's peak above the inputs. An operation without room has "failed" in its line, one with another fault
+"error".
 """
+import gc
 import json
 import sys
 from pathlib import Path
@@ -70,30 +74,59 @@ def peak_of(call):
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def main(asked):
-    gpu, calls, rows = torch.cuda.get_device_name(), {}, []
-    for i, (operation, settings) in enumerate(asked):
-        rows.append(dict(operation=operation, settings=settings, gpu=gpu, torch=torch.__version__))
+def group(asked):
+    """The lines of a group."""
+    gpu, calls, rows = torch.cuda.get_device_name(), {}, {}
+
+    def tried(i, measure):
+        """measure(i); where it raises, the operation is out."""
         try:
-            call = OPERATIONS[operation](**settings)
-            for _ in range(3):
-                call()
-            rows[i]["peak_MiB"], calls[i] = peak_of(call), call
-        except torch.OutOfMemoryError as error:
-            rows[i]["failed"] = str(error).splitlines()[0]
-            torch.cuda.empty_cache()
-    for i in calls:
-        rows[i]["windows_ms"] = []
+            measure(i)
+        except Exception as error:  # whatever it is, the others may do
+            kind = "failed" if isinstance(error, torch.OutOfMemoryError) else "error"
+            rows[i] = {**about(*asked[i]), kind: f"{type(error).__name__}: {error}".splitlines()[0]}
+            calls.pop(i, None)
+        if i not in calls:
+            free_memory()
+
+    def about(operation, settings):
+        return dict(operation=operation, settings=settings, gpu=gpu, torch=torch.__version__)
+
+    def begin(i):
+        operation, settings = asked[i]
+        call = OPERATIONS[operation](**settings)
+        for _ in range(3):
+            call()
+        rows[i] = dict(about(operation, settings), peak_MiB=peak_of(call), windows_ms=[])
+        calls[i] = call
+
+    def time_it(i):
+        rows[i]["windows_ms"].append(window(calls[i]))
+
+    for i in range(len(asked)):
+        tried(i, begin)
     for _ in range(WINDOWS):
-        for i, call in calls.items():
-            rows[i]["windows_ms"].append(window(call))
-    for i, row in enumerate(rows):
-        if i in calls:
-            row["ms"] = sorted(row["windows_ms"])[WINDOWS // 2]
-        print(json.dumps(row))
+        for i in list(calls):
+            tried(i, time_it)
+    for i in calls:
+        rows[i]["ms"] = sorted(rows[i]["windows_ms"])[WINDOWS // 2]
+    return [rows[i] for i in range(len(asked))]
+
+
+def free_memory():
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def main(groups):
+    for asked in groups:
+        for row in group(asked):
+            print(json.dumps(row), flush=True)
+        torch.compiler.reset()  # the next group is compiled as in a process of its own
+        free_memory()
 
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device, and these are a GPU's kernels; run it where there is one")
-    main(json.loads(sys.argv[1]))
+    main(list(map(json.loads, sys.argv[1:])))

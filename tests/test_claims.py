@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 import train_gpt2_mod as script
 from helpers import all_fields
+from test_moe import program, registered
 
 ROOT = Path(script.__file__).resolve().parent
 DOCS = ROOT / "docs"
@@ -28,8 +30,20 @@ COMMANDS = [(name, title, part, arm) for name, title, part in PARTS if part.kind
 GPU, OTHER = "A GPU", "Another"
 
 
+def bench_tool():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
 def resolved(flags):
     return script.resolve(script.parse_flags(shlex.split(flags)), script.ANY_MACHINE)[:2]
+
+
+def is_plain(part, arm):
+    """Whether the script itself has the network."""
+    return "--script" not in part.flags(arm)
 
 
 def part_of(name, title):
@@ -61,22 +75,24 @@ def test_the_generated_documents_are_those_of_the_data():
     """python docs/experiments.py --write makes them anew."""
     for path, text in claims.documents().items():
         assert path.read_text() == text, path.name
-    for name, experiment in experiments.EXPERIMENTS.items():
-        text = (DOCS / experiment.folder / "README.md").read_text()
-        assert experiments.rewritten(text, experiments.block(name)) == text, name
+    for folder in experiments.FOLDERS:
+        text = (DOCS / folder / "README.md").read_text()
+        assert experiments.rewritten(text, experiments.blocks(folder)) == text, folder
+    assert {e.folder for e in experiments.EXPERIMENTS.values()} == {*experiments.FOLDERS}
 
 
 def test_an_analysis_is_there_when_there_is_something_to_analyse():
-    for name, experiment in experiments.EXPERIMENTS.items():
-        text = (DOCS / experiment.folder / "README.md").read_text()
-        measured = any(experiments.found_by_gpu(name, title) for title in experiment.parts)
-        assert ("Nothing measured yet." in text.split("## Analysis")[1]) == (not measured), name
+    for folder, names in experiments.FOLDERS.items():
+        text = (DOCS / folder / "README.md").read_text()
+        measured = any(experiments.found_by_gpu(name, title)
+                       for name in names for title in experiments.EXPERIMENTS[name].parts)
+        assert ("Nothing measured yet." in text.split("## Analysis")[1]) == (not measured), folder
         assert all(f"## {section}\n" in text for section in ("Theory", "Method", "Results", "Analysis"))
 
 
 def test_commands_in_the_documents_parse():
     """Those of bash blocks and of CLAIMS.md's column."""
-    folders = [DOCS / experiment.folder / "README.md" for experiment in experiments.EXPERIMENTS.values()]
+    folders = [DOCS / folder / "README.md" for folder in experiments.FOLDERS]
     lines = [line for path in [DOCS / "README.md", *folders]
              for block in re.findall(r"^```bash\n(.*?)^```", path.read_text(), re.M | re.S)
              for line in block.splitlines()]
@@ -84,13 +100,15 @@ def test_commands_in_the_documents_parse():
     assert len(lines) > 80
     known = [claim["id"] for claim in claims.load()]
     for line in lines:
-        _, program, *words = shlex.split(line, comments=True)
-        assert (ROOT / program).exists(), line
-        if program == "docs/experiments.py":
+        _, name, *words = shlex.split(line, comments=True)
+        assert (ROOT / name).exists(), line
+        if name == "docs/experiments.py":
             experiments.make_parser().parse_args(words)
-        elif program == "docs/claims.py":
+        elif name == "docs/claims.py":
             assert not set(words) - {"--id", *known}, line
-        elif program == "train_gpt2_mod.py":
+        elif name == "tools/bench.py":
+            assert len(bench_tool().read_arguments(words)[1]) == 2
+        elif name == "train_gpt2_mod.py":
             assert words[-1] == "--dry_run"
             script.resolve(script.parse_flags(words), script.ANY_MACHINE)
         else:
@@ -139,8 +157,30 @@ def test_the_commands_resolve_and_the_arms_differ(networks):
         arms = [networks.get((name, title, arm)) for arm in part.arms]
         if part.kind == "kernels":
             assert len({str(each) for each in part.arms.values()}) == len(part.arms)
-        elif (name, title) != ("mtp", "loss"):  # where one differs by its program
+        elif (name, title) != ("mtp", "loss") and all(is_plain(part, arm) for arm in part.arms):  # or by its program
             assert len({str(each) for each in arms}) == len(arms), (name, title)
+
+
+@pytest.mark.parametrize("folder, module", [("23-mixture-of-experts", "moe"), ("24-mamba-2", "mamba"),
+                                            ("28-linear-recurrences", "recurrences")])
+def test_the_commands_of_other_programs_are_their_networks_at_d12s_size(folder, module, monkeypatch):
+    """In the same tokens a step as d12 beside them; at equal seconds only the network differs."""
+    registered(program(folder, module), monkeypatch)
+    presets = set()
+    for name in experiments.FOLDERS[folder]:
+        for title, part in experiments.EXPERIMENTS[name].parts.items():
+            base = resolved(part.flags("d12"))[1]
+            for arm in [arm for arm in part.arms if arm != "d12"]:
+                typed = f"--script docs/{folder}/{module}.py "
+                assert typed in part.flags(arm)
+                config, run = resolved(part.flags(arm).replace(typed, ""))
+                assert (run.model, run.sequence_length) == (arm, 8192 if title == "T=8192" else 1024)
+                same = ("tokens_per_step", "sequence_length", "num_iterations", "minutes", "learning_rate", "shuffle")
+                assert all(getattr(run, field) == getattr(base, field) for field in same)
+                assert title == "equal tokens" or run.batch_size == base.batch_size
+                assert config.n_embd == 768 and ("hyena" not in arm or config.hyena_length == run.sequence_length)
+                presets.add(arm)
+    assert presets == {name for name in sys.modules[module].PRESETS if "tiny" not in name}
 
 
 def test_the_tokens_are_those_that_are_said(networks):
@@ -328,7 +368,7 @@ def bench(monkeypatch, tmp_path):
             path.write_text("".join(json.dumps(dict(keys, flags=line)) + "\n" for line in lines))
             return types_done(0, "")
         rows = [dict(operation=operation, settings=settings, gpu=GPU, torch="2", ms=1.0, windows_ms=[1.0], peak_MiB=1)
-                for operation, settings in json.loads(words[2])]
+                for group in words[2:] for operation, settings in json.loads(group)]
         return types_done(0, "", "\n".join(map(json.dumps, rows)))
 
     monkeypatch.setattr(experiments.subprocess, "run", run)
@@ -341,11 +381,12 @@ def types_done(code, stderr, stdout=""):
 
 def test_nothing_is_measured_twice(bench, capsys):
     assert experiments.main(["--only", "rmsnorm", "--kind", "speed", "kernels"]) == 0
-    assert [words[1].rpartition("/")[2] for words in bench] == ["bench.py", "op_times.py", "op_times.py"]
+    assert [words[1].rpartition("/")[2] for words in bench] == ["bench.py", "op_times.py"]
+    assert len(bench[1]) == 4  # both groups of operations in one process
     assert all(len(word.split()) > 1 for word in bench[0][:bench[0].index("--")] if word.startswith("--seed"))
     rows = measuring.read(experiments.RESULTS)
     assert [row["arm"] for row in rows] == ["layernorm", "rmsnorm"] * 3
-    assert experiments.main(["--only", "rmsnorm", "--kind", "speed", "kernels"]) == 0 and len(bench) == 3
+    assert experiments.main(["--only", "rmsnorm", "--kind", "speed", "kernels"]) == 0 and len(bench) == 2
     assert "not run yet" not in experiments.block("rmsnorm").lower().split("**loss**")[0]
 
 
@@ -390,6 +431,81 @@ def test_runs_of_the_same_flags_are_one_run_and_the_annealed_one_has_its_program
     assert all("not run yet" not in experiments.block(name).split("**loss**")[1] for name in names)
 
 
+def answer(rows, code=0, stderr=""):
+    return lambda command, **how: types_done(code, stderr, "\n".join(map(json.dumps, rows)))
+
+
+def test_an_operation_that_fails_costs_the_others_nothing(bench, monkeypatch, capsys):
+    """Of four operations in two groups one has no room and one another fault; and a process that dies between them."""
+    every = [(operation, settings) for title in ("alone", "alone, eager")
+             for operation, settings in part_of("rmsnorm", title).arms.values()]
+    good = dict(gpu=GPU, torch="2", ms=1.0, windows_ms=[1.0], peak_MiB=1)
+    rows = [dict(good, operation=operation, settings=settings) for operation, settings in every]
+    rows[1] = dict(operation=every[1][0], settings=every[1][1], gpu=GPU, torch="2", failed="no room")
+    rows[2] = dict(operation=every[2][0], settings=every[2][1], gpu=GPU, torch="2", error="RuntimeError: broken")
+    monkeypatch.setattr(experiments.subprocess, "run", answer(rows))
+    assert experiments.main(["--only", "rmsnorm", "--kind", "kernels"]) == 1
+    found = [(r["part"], r["arm"], r.get("failed")) for r in measuring.read(experiments.RESULTS)]
+    assert found == [("alone", "layernorm", None), ("alone", "rmsnorm", "no room"), ("alone, eager", "rmsnorm", None)]
+    assert "failed: rmsnorm: alone, eager: RuntimeError: broken" in capsys.readouterr().out
+    monkeypatch.setattr(experiments.subprocess, "run", answer([], 1, "Traceback\nkilled"))
+    assert experiments.main(["--only", "rmsnorm", "--kind", "kernels"]) == 1
+    assert "failed: rmsnorm: alone, eager: killed" in capsys.readouterr().out
+    monkeypatch.setattr(experiments.subprocess, "run", answer(rows[:2], 1, "dead"))
+    experiments.RESULTS.unlink()
+    assert experiments.main(["--only", "rmsnorm", "--kind", "kernels"]) == 1
+    assert {r["part"] for r in measuring.read(experiments.RESULTS)} == {"alone"}
+
+
+def test_the_budget_takes_as_many_operations_as_end_in_it(bench, capsys):
+    """One start, and 6 s for each group's two."""
+    seconds = measuring.MARGIN * (experiments.STARTING + 3 * 6) + 1
+    assert experiments.main(["--only", "flash-attention", "--kind", "kernels", "--budget_s", str(seconds)]) == 0
+    assert len(bench) == 1 and len(bench[0]) == 2 + 3
+    assert capsys.readouterr().out.count("no time left for flash-attention: alone") == 3
+
+
+def test_d12_is_trained_once_for_all_networks_of_other_programs(bench, monkeypatch, capsys):
+    asked = []
+
+    def measure(run, seed, data, device, beside, sharing, program):
+        typed = experiments.last_of(run.flags)
+        asked.append((typed["model"], "minutes" in typed, program.name, sharing))
+        return dict(run._asdict(), seed=seed, val_loss=4.0, curve=[(305, 305 * 65536, 9.0, 4.0)], wall_s=10.0,
+                    tokens_per_second=1.0, step_avg_ms=1.0, peak_mem_MB=1, first_step_s=1.0, sharing=sharing, beside=0,
+                    script_sha256="f" * 64)
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    names = ["mixture-of-experts", "mamba-2", "linear-recurrences"]
+    words = ["--only", *names, "--kind", "loss", "seconds", "--seeds", "1", "--parallel", "2"]
+    assert experiments.main(words) == 0
+    mixers = ["d12_moe", "d12_mamba2", "d12_retnet", "d12_delta", "d12_rwkv7", "d12_hyena"]
+    assert [row for row in asked if row[1]] == [  # alone on the GPU
+        ("d12", True, "train_gpt2_mod.py", 0), *((name, True, "experiments.py", 0) for name in mixers)]
+    assert sorted(row[0] for row in asked if not row[1]) == sorted(["d12", *mixers])
+    assert {row[3] for row in asked if not row[1]} == {1}
+    assert experiments.main(words) == 0 and len(asked) == 14
+    for name in names:
+        text = experiments.block(name).split("**equal tokens**")[1]
+        assert "Not run yet" not in text and "+0.0000" in text
+    rows = measuring.read(experiments.RESULTS)
+    assert all("docs/24" in claims.find(measure, rows).source for measure in claims.MAMBA)
+
+
+def test_another_programs_run_is_started_as_that_program():
+    """Which says that it is, by the networks that it knows."""
+    words = [sys.executable, "docs/experiments.py", "--script", "docs/23-mixture-of-experts/moe.py"]
+    done = subprocess.run([*words, "--model", "tiny_moe", "--dry_run"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "idle" in done.stdout, done.stderr
+
+
+def test_a_plan_that_nobody_reads_on_ends_without_a_word():
+    command = f"{sys.executable} docs/experiments.py --plan --only flash-attention --kind kernels | head -0"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_without_a_gpu_it_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "none.jsonl")
     monkeypatch.setattr(experiments, "write", lambda: None)
@@ -400,9 +516,7 @@ def test_without_a_gpu_it_is_refused(monkeypatch, tmp_path):
 
 def test_the_bench_takes_the_command_lines(monkeypatch):
     """Each arm is a command line of tools/bench.py, under the name that is looked for when it does not fit."""
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "tools" / "bench.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = bench_tool()
 
     def run(command, **how):
         words = list(map(str, command[2:]))
@@ -418,8 +532,10 @@ def test_the_bench_takes_the_command_lines(monkeypatch):
                 experiments.bench(part, list(part.arms))
             args, lines = tool.read_arguments(commands[0])
             assert [text for text, *_ in lines] == [experiments.text_of(part, arm) for arm in part.arms], title
-            asked = [resolved(shlex.join(flags)) for *_, flags in lines]
-            assert asked == [resolved(f"{part.flags(arm)} --seed 1") for arm in part.arms]
+            flags = [experiments.last_of(shlex.join(flags)) for *_, flags in lines]
+            wanted = [experiments.last_of(f"{part.flags(arm)} --seed 1") for arm in part.arms]
+            paths = [ROOT / its.pop("script", "train_gpt2_mod.py") for its in wanted]
+            assert flags == wanted and [path for _, path, _ in lines] == paths
             assert args.warmup >= 1 and args.builds == (1 if "builds 1" in part.settings else 2)
 
 
@@ -457,6 +573,35 @@ def test_the_timed_norm_is_the_norm(kind):
     y = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(found[0], torch.autograd.grad(y, x, dy)[0], rtol=1e-4, atol=1e-5)
     assert len(found) == (3 if kind == "layernorm" else 2)
+
+
+def test_groups_are_timed_one_after_the_other_and_a_fault_is_its_own(monkeypatch, capsys):
+    """On a CPU, with a clock that says how often each operation was called."""
+    calls = []
+
+    def operation(name):
+        def call():
+            calls.append(name)
+            if name == "worse" and calls.count("worse") == 4:
+                raise ValueError("not in its windows")
+        if name == "full":
+            raise torch.OutOfMemoryError("no room\nat all")
+        return call
+
+    monkeypatch.setattr(op_times, "OPERATIONS", dict(operation=operation))
+    monkeypatch.setattr(op_times, "window", lambda call: call() or float(len(calls)))
+    monkeypatch.setattr(op_times, "peak_of", lambda call: 5.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    op_times.main([[["operation", dict(name=name)] for name in group]
+                   for group in (["one", "full", "two"], ["worse", "three"], ["four"])])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["settings"]["name"] for row in rows] == ["one", "full", "two", "worse", "three", "four"]
+    assert calls[:6] == ["one"] * 3 + ["two"] * 3 and calls[6:10] == ["one", "two"] * 2  # they take turns
+    one, full, two, worse, three, _ = rows
+    assert one["windows_ms"] == [7.0, 9.0, 11.0, 13.0, 15.0] and (one["ms"], two["ms"], one["peak_MiB"]) == (11, 12, 5)
+    assert full["failed"] == "OutOfMemoryError: no room" and "windows_ms" not in full
+    assert worse["error"] == "ValueError: not in its windows" and "failed" not in worse
+    assert len(three["windows_ms"]) == 5
 
 
 def test_the_timed_attention_is_causal_attention():

@@ -228,7 +228,7 @@ def test_the_interval_of_a_share_is_scipys(hits, count):
     from scipy.stats import binomtest
 
     expected = binomtest(hits, count).proportion_ci(method="wilson")
-    assert long.wilson(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-7)
+    assert long.measuring.wilson(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-7)
 
 
 def documents(count=3, size=400):
@@ -307,7 +307,7 @@ def trained(trainer, tmp_path, capsys):
     folder = trainer.run("--sequence_length", 64, "--val_loss_every", 0).folder
     fixed = ["--checkpoint", str(folder), "--lengths", "128", "--methods", "none", "yarn", "window", "--trials", "2",
              "--documents", "5", "--total_batch_size", "256", "--steps", "2", "--device", "cpu",
-             "--output", str(tmp_path / "out"), "--results", str(tmp_path / "results.jsonl")]
+             "--output_dir", str(tmp_path / "out"), "--results", str(tmp_path / "results.jsonl")]
 
     def measured(*flags):
         capsys.readouterr()
@@ -380,11 +380,22 @@ def test_the_loser_is_called_worse():
     (["--checkpoint", "nowhere"], "nowhere holds no checkpoint"),
     (["--input_bin", "none*.bin"], "no file matches 'none*.bin'"),
     (["--methods", "window", "--", "--attention", "math"], "attention=math would be ignored: extension=window has a"),
+    (["--input_bin", "OTHER"], "has a vocabulary of 61, the network of"),
+    (["--table"], "/results.jsonl holds nothing: not measured yet"),
+    (["--results", "/dev/null/here.jsonl"], "results=/dev/null/here.jsonl cannot be written"),
+    (["--output_dir", "OTHER"], "cannot be written"),
+    (["--", "--n_layer", "3"], "holds another network (n_layer 2, not 3); drop the flag, or start without "
+     "--checkpoint"),
+    (["--", "--init_std", "1"], "init_std would be ignored: the weights come from --checkpoint; drop it"),
+    (["--", "--seed", "3"], "seed is set by this program; drop it from what stands behind --"),
+    (["--total_batch_size", 300], "total_batch_size=300 must be a multiple of"),
     (["--", "--learning_rat", "1"], "--learning_rat is not a flag; did you mean --learning_rate?"),
 ])
 def test_what_cannot_be_measured_is_one_line(trained, flags, said):
-    code, _, err = trained.measured(*flags)
+    other = write_shard(trained.results.parent / "other.bin", [1] * 300, vocab_size=61)
+    code, _, err = trained.measured(*(other if flag == "OTHER" else flag for flag in flags))
     assert code == 2 and err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert not trained.results.exists() and not trained.output.exists()  # before anything is measured
 
 
 @pytest.mark.parametrize("flags, said", [

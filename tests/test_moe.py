@@ -322,6 +322,21 @@ def test_what_cannot_be_is_one_line(capsys, flags, said):
     assert (code, capsys.readouterr().err) == (2, f"error: {said}\n")
 
 
+@pytest.mark.parametrize("folder, name", [("23-mixture-of-experts", "moe"), ("24-mamba-2", "mamba"),
+                                          ("28-linear-recurrences", "recurrences")])
+def test_help_is_headed_by_the_programs_name(folder, name, monkeypatch, capsys):
+    monkeypatch.undo()
+    registered(program(folder, name), monkeypatch)
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    said = capsys.readouterr().out
+    head = " ".join(said.split("options:")[0].split())
+    assert said.startswith(f"usage: {name}.py ") and "train_gpt2_mod.py: " not in head
+    assert "the other presets, such as d12, are those of train_gpt2_mod.py" in head and "typed twice the last" in head
+    monkeypatch.undo()
+    assert script.make_parser().prog == "train_gpt2_mod.py"
+
+
 def test_a_text_with_the_cache_is_that_without(trainer, monkeypatch, capsys):
     trainer.run(*TINY)
     monkeypatch.setattr(sys, "path", list(sys.path))

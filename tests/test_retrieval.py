@@ -21,6 +21,7 @@ import train_gpt2_mod as script
 spec = importlib.util.spec_from_file_location("retrieval", ROOT / "docs" / "26-retrieval" / "retrieval.py")
 retrieval = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(retrieval)
+measuring = retrieval.measuring
 
 T, P, EOT = 16, 4, 256
 MEMORY = 2**20
@@ -50,14 +51,10 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(retrieval, "RESULTS", tmp_path / "results.jsonl")
-
-
 def flags(place, *more):
-    own = dict(checkpoint=place / "weights.pt", store=place / "store", passage_tokens=P, passages=1, k=9, ngram=6,
-               tune_tokens=3 * T, test_tokens=6 * T, batch_size=2, device="cpu")
+    own = dict(checkpoint=place / "weights.pt", output_dir=place / "store", results=place / "results.jsonl",
+               passage_tokens=P, passages=1, k=9, ngram=6, tune_tokens=3 * T, test_tokens=6 * T, batch_size=2,
+               device="cpu")
     return [word for name, value in own.items() for word in (f"--{name}", str(value))] + [str(word) for word in more]
 
 
@@ -459,14 +456,17 @@ def test_verdicts_say_who_lost():
     losses = {"base": np.zeros(50), "worse": np.full(50, 0.1), "better": np.linspace(-2, -1, 50),
               "unclear": np.linspace(-1, 1, 50)}
     rows = retrieval.arms_of(losses, dict.fromkeys(losses, 1.0), 0)
-    assert [retrieval.verdict(row) for row in rows] == ["not distinguishable", "worse", "better", "not distinguishable"]
+    found = [measuring.verdict([row["interval"]]) for row in rows]
+    assert found == ["not distinguishable", "worse", "better", "not distinguishable"]
+    assert measuring.verdict([(-2, -1), (1, 2)]) == measuring.verdict([(-2, -1), (-2, 1)]) == found[0]
+    assert [measuring.verdict([pair], "more") for pair in ((-2, -1), (1, 2), (-1, 1))] == ["worse", "better", found[0]]
     assert rows[2]["difference"] == rows[2]["loss"] == pytest.approx(-1.5)
 
 
 def test_a_run_measures_once_what_it_is_asked_for(capsys, place):
     code, out, err = run(capsys, place)
     assert (code, err) == (0, ""), err
-    first, second = rows = [json.loads(line) for line in retrieval.RESULTS.read_text().splitlines()]
+    first, second = rows = [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["knn", "context"] and first["store_tokens"] == 43 * T
     assert first["store_bytes"] == 43 * T * (64 + 2) + 43 * 3 * 64 and first["dropped"] == 0
     assert first["gpu"] == "cpu" and first["torch"] == torch.__version__ and "--k 9" in first["flags"]
@@ -475,18 +475,18 @@ def test_a_run_measures_once_what_it_is_asked_for(capsys, place):
     assert alone["difference"] == 0 and "published lambda 0.25" in published["arm"]
     assert out.startswith("store of 688 tokens, 0.1 MiB: 0 of 43 windows share 6 tokens")
     assert f"| network alone | {alone['loss']:.4f} |" in out.replace("the network", "network")
-    assert run(capsys, place)[:2] == (0, out) and len(retrieval.RESULTS.read_text().splitlines()) == 2
+    assert run(capsys, place)[:2] == (0, out) and len((place / "results.jsonl").read_text().splitlines()) == 2
     assert run(capsys, place, "--passages", 1, "--k", 5)[0] == 0
-    again = [json.loads(line) for line in retrieval.RESULTS.read_text().splitlines()]
+    again = [json.loads(line) for line in (place / "results.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in again] == ["knn", "context", "knn"] and again[2]["settings"]["k"] == 5
-    assert retrieval.main(["--table"]) == 0
+    assert retrieval.main(["--table", "--results", place / "results.jsonl"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("cpu, torch ") and shown.count("| arm |") == 3 and out.split("\n\n\n")[1] in shown
 
 
 def test_lambda_and_temperature_are_the_best_of_the_tuning_split(capsys, place, monkeypatch):
     run(capsys, place, "--only", "knn")
-    row = json.loads(retrieval.RESULTS.read_text())
+    row = json.loads((place / "results.jsonl").read_text())
     grid = [(share, t) for share in retrieval.LAMBDAS for t in retrieval.TEMPERATURES]
     best = grid[int(np.argmin(row["tuning_losses"]))]
     assert row["arms"][1]["arm"] == "tuned lambda {:g}, temperature {:g}".format(*best)
@@ -504,7 +504,7 @@ def test_a_store_of_another_network_is_refused(capsys, place):
     run_of = script.load_checkpoint(place / "weights.pt", script.WEIGHTS)["run"]
     write_weights(place / "other.pt", other, **{name: value for name, value in run_of.items() if name != "model"})
     said = refused(capsys, place, "--checkpoint", place / "other.pt")
-    assert f"store={place / 'store'} was made with checkpoint=" in said and "name another" in said
+    assert f"output_dir={place / 'store'} was made with checkpoint=" in said and "name another" in said
     assert "made with key=mlp, not final" in refused(capsys, place, "--key", "final")
     write_shard(place / "val.bin", texts(4, 401))
     assert "made with input_val_bin=" in refused(capsys, place)
@@ -532,6 +532,10 @@ def test_a_store_of_another_network_is_refused(capsys, place):
     ("--input_val_bin SMALL", "has a vocabulary of 61, the network"),
     ("--checkpoint NONE", "holds no checkpoint"),
     ("--key last", "invalid choice"),
+    ("--table", "/results.jsonl holds nothing: not measured yet"),
+    ("--results SMALL/here.jsonl", "/here.jsonl cannot be written"),
+    ("--output_dir SMALL", "/small.bin cannot be written"),
+    ("-- --batch_size 3", "--batch_size 3 would be ignored: nothing is trained here"),
 ])
 def test_what_cannot_be_is_one_line(capsys, place, words, said):
     write_shard(place / "small.bin", [1] * 100, vocab_size=61)
@@ -550,5 +554,4 @@ def test_without_faiss_it_says_so(capsys, place, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     assert refused(capsys, place) == ("error: this needs the package faiss-cpu; pip install -r "
                                       "requirements-tools.txt\n")
-    assert retrieval.main(["--table"]) == 0
     assert not (place / "store").exists()

@@ -3,9 +3,12 @@ import collections
 import importlib.util
 import itertools
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -118,7 +121,7 @@ def test_each_character_is_one_token_of_the_encoding(name):
 
 def test_documents_lie_whole_in_the_rows_that_the_script_reads(tmp_path):
     texts = list(some_problems().texts("train", some_problems().for_training(40)))
-    program.write_shard(tmp_path / "sums" / "x.bin", map(BYTES.encode, texts), 128, BYTES)
+    program.write_shard(tmp_path / "sums" / "x.bin", program.rows_of(map(BYTES.encode, texts), 128, BYTES.eot), BYTES)
     shards = script.TokenShards(str(tmp_path / "sums" / "x.bin"))
     assert shards.vocab_size == 257 and shards.total % 128 == 1
     rows = shards.read(0, shards.total - 1).reshape(-1, 128)
@@ -274,7 +277,7 @@ def test_a_sample_without_an_answer_is_never_preferred():
 def test_intervals():
     for right, count in ((0, 7), (7, 7), (13, 40), (999, 1000)):
         known = binomtest(right, count).proportion_ci(method="wilson")
-        assert program.wilson(right, count) == pytest.approx((known.low, known.high), abs=1e-6)
+        assert program.measuring.wilson(right, count) == pytest.approx((known.low, known.high), abs=1e-6)
     values = (np.arange(400) < 120).astype(float)
     mean, low, high = program.bootstrap(400, np.random.default_rng(0))(values)
     spread = 1.96 * math.sqrt(0.3 * 0.7 / 400)
@@ -350,9 +353,9 @@ def test_a_verdict_does_not_depend_on_the_rows_beside_it(network):
 
 
 COUNTS = ("--digits 2 --terms 3 --train_problems 2000 --test_problems 6 --samples 4 --verifier_problems 20 "
-         "--verifier_samples 3 --verifier_steps 3 --batch_size 40").split()
+         "--verifier_samples 3 --verifier_steps 3 --sample_batch_size 40 --device cpu").split()
 TRAINING = ("--batch_size 8 --sequence_length 128 --total_batch_size 1024 --num_iterations 6 --warmup_iters 2 "
-            "--learning_rate 6e-3 --val_tokens 500 --device cpu --precision fp32 --no_compile").split()
+            "--learning_rate 6e-3 --val_tokens 500 --precision fp32 --no_compile").split()
 NETWORK = "--model tiny --n_layer 2 --n_head 2 --n_embd 32".split()
 
 
@@ -385,7 +388,7 @@ def measured(tmp_path_factory):
 
 
 def test_a_run_records_what_its_samples_say(measured, capsys):
-    found = program.read(measured / "found.jsonl")
+    found = program.measuring.read(measured / "found.jsonl")
     assert [r["scratchpad"] for r in found] == ["none", "short", "long"]
     for r in found:
         parts = [np.load(measured / "runs" / "seed1" / "samples" / f"test_{r['scratchpad']}_{k}.npz") for k in (2, 3)]
@@ -480,6 +483,14 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(measured, tmp_path, mo
     ("-- --seed 2", "seed is set by this program; drop it from what stands behind --"),
     ("-- --sequence_length 256", "sequence_length=256 must be at least 273, a sample and its verdict; type more behind "
      "--, or lower --terms or --digits"),
+    ("--verifier_steps 50", "the verifier's training, of --verifier_steps: warmup_iters=100 + warmdown_iters=0 must "
+     "not exceed num_iterations=50; shorten them or train longer"),
+    ("--digits x", "argument --digits: invalid int value: 'x'; --help lists the flags"),
+    ("--results /dev/null/x", "results=/dev/null/x cannot be written (/dev/null is not writable here); name another"),
+    ("--output_dir /dev/null/x", "output_dir=/dev/null/x cannot be written (/dev/null is not writable here); name "
+     "another"),
+    ("-- --init_std 0.1", "the verifier's training, of --verifier_steps: init_std would be ignored: the weights come "
+     "from the generator; drop it"),
     ("-- --num_iterations x", None), ("--sampels 3", None), ("-- --warmup_iters 2900 --warmdown_iters 200", None),
 ])
 def test_what_cannot_be_is_one_line(tmp_path, capsys, typed, said):
@@ -487,6 +498,57 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, typed, said):
     err = capsys.readouterr().err
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and not (tmp_path / "runs").exists()
     assert said is None or err == f"error: {said}\n"
+
+
+def test_a_training_text_smaller_than_a_step_is_refused_before_anything_trains(measured, tmp_path, capsys, monkeypatch):
+    total = script.TokenShards(str(measured / "runs" / "seed1" / "sums" / "train_000.bin")).total
+    steps = (total - 1) // 1024
+    monkeypatch.setattr(program.Study, "run", lambda self, results: None)
+    many = flags(tmp_path, "--verifier_samples", 1000)
+    assert program.main([*many, "--total_batch_size", 1024 * steps]) == 0
+    assert program.main([*many, "--total_batch_size", 1024 * (steps + 1)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: train_problems=2000 is too few: {total:,} tokens, and a step of the training needs "
+        f"{1024 * (steps + 1) + 1:,}; raise --train_problems, or lower --total_batch_size behind --\n")
+    assert program.main([*flags(tmp_path), "--total_batch_size", 1024 * steps]) == 2
+    assert "error: verifier_problems=20 is too few: " in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+def test_a_verifiers_text_smaller_than_a_step_is_refused(tmp_path, capsys, monkeypatch):
+    """As it is where few samples have an answer."""
+    def seldom_right(cache, idx, chances, *others):
+        return mostly_right(cache, idx, chances.masked_fill(chances > 0.05, 1.0), *others)
+
+    starts, train = [], script.main
+    monkeypatch.setattr(program, "draw_solutions", seldom_right)
+    monkeypatch.setattr(program.script, "main", lambda argv: starts.append(argv) or train(argv))
+    assert program.main(flags(tmp_path)) == 2 and len(starts) == 1
+    assert re.match(r"error: verifier_problems=20 is too few: \d+ samples have an answer, \d+ tokens, and a step of "
+                    "the training needs 1,025; raise --verifier_problems, or lower --total_batch_size behind --\n",
+                    capsys.readouterr().err)
+
+
+def test_the_scripts_flags_are_checked_with_a_checkpoint_too(measured, tmp_path, capsys):
+    generator = measured / "runs" / "seed1" / "generator"
+    fixed = ["--checkpoint", generator, "--output_dir", tmp_path / "runs", "--device", "cpu", "--results",
+             tmp_path / "found.jsonl", "--"]
+    for flag, said in (
+        ("--n_layer 3", "holds another network (n_layer 2, not 3); drop the flag, or start without --checkpoint"),
+        ("--init_std 1", "init_std would be ignored: the weights come from --checkpoint; drop it"),
+        ("--warmup_iters 4000", "warmup_iters=4000 + warmdown_iters=0 must not exceed"),
+    ):
+        assert program.main([*fixed, *flag.split()]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_who_reads_no_further_gets_no_traceback(measured):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        done = subprocess.run([sys.executable, PROGRAM, "--table", "--results", measured / "found.jsonl"], stdout=closed,
+                              stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_folder_of_other_settings_is_refused(measured, tmp_path, capsys):
@@ -498,8 +560,8 @@ def test_a_folder_of_other_settings_is_refused(measured, tmp_path, capsys):
 
 
 def test_without_results_there_is_no_table(tmp_path, capsys):
-    assert program.main(["--table", "--results", tmp_path / "found.jsonl"]) == 0
-    assert capsys.readouterr().out == "found.jsonl holds nothing: not measured yet\n"
+    assert program.main(["--table", "--results", tmp_path / "found.jsonl"]) == 2
+    assert capsys.readouterr().err == f"error: results={tmp_path}/found.jsonl holds nothing: not measured yet\n"
 
 
 @pytest.mark.slow
@@ -508,9 +570,9 @@ def test_a_small_network_is_measured_from_its_own_samples(tmp_path):
     folder = tmp_path / "first"
     longer = ["--num_iterations", 200, "--total_batch_size", 2048]
     assert program.main([*flags(folder, "--train_problems", 20000, "--verifier_steps", 20), *longer]) == 0
-    found = program.read(folder / "found.jsonl")
+    found = program.measuring.read(folder / "found.jsonl")
     assert len(found) == 3 and all(r["unanswered"] < 0.5 for r in found)
     argv = flags(tmp_path / "second", "--checkpoint", folder / "runs" / "seed1" / "generator")
     first = argv.index("--model")
     assert program.main(argv[:first] + argv[first + len(NETWORK) :]) == 0  # the network is the checkpoint's
-    assert len(program.read(tmp_path / "second" / "found.jsonl")) == 3
+    assert len(program.measuring.read(tmp_path / "second" / "found.jsonl")) == 3

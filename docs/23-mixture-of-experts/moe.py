@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Train with a mixture of experts in each block: --mlp moe, or a preset, d12_moe for one. All other flags, and --help,
-are the script's; docs/extending.py says how its tools are run.
+"""Train with a mixture of experts in each block: --mlp moe, or a preset, d12_moe for one. All other flags, and the
+other presets, such as d12, are those of train_gpt2_mod.py; docs/extending.py says how its tools are run.
 
     python docs/23-mixture-of-experts/moe.py --model d12_moe --balance bias --batch_size 32
     python docs/23-mixture-of-experts/moe.py tools/sample.py logs --prompt 'Once upon a time'
@@ -349,6 +349,7 @@ def register():
                                                lambda config: config.mlp == "moe"),
     )
     extending.show_source(__file__)
+    extending.head_help(__file__, __doc__)
 
 
 def __getattr__(name):

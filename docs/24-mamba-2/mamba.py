@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Train with selective state spaces in place of attention: --mixer mamba2, or a preset, d24_mamba2 for one. All other
-flags, and --help, are the script's; docs/extending.py says how its tools are run.
+flags, and the other presets, such as d12, are those of train_gpt2_mod.py; docs/extending.py says how its tools are run.
 
     python docs/24-mamba-2/mamba.py --model d24_mamba2 --attention_every 8 --batch_size 32
     python docs/24-mamba-2/mamba.py tools/sample.py logs --prompt 'Once upon a time'
@@ -255,6 +255,7 @@ def register():
                            extending.exact_backward, extending.without_attention(script.attention_kernel),
                            lambda config: config.mixer == "mamba2"))
     extending.show_source(__file__)
+    extending.head_help(__file__, __doc__)
 
 
 def __getattr__(name):

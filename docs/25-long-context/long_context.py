@@ -7,10 +7,11 @@
     python docs/25-long-context/long_context.py tools/sample.py logs --prompt 'Once upon a time'
 
 The first measures the loss by position and a needle test, of each method at each length, before and after a short
-continued training, whose flags of the script stand behind `--`. It appends a record each to results.jsonl and goes on
-where it stopped. `train` takes every flag of the script; docs/extending.py says how its tools are run.
+continued training, whose flags of the script stand behind `--`. It appends a record each to the file of results, and
+stopped, the same command goes on. `train` takes every flag of the script; docs/extending.py says how its tools are run.
 
-Exit codes: 0, done; 2, one line on stderr says what to mend; 130, interrupted; else what a training ended with.
+Exit codes: 0, done; 2, one line on stderr says what to mend; 130, interrupted; 141, nobody read what was printed; else
+what a training ended with.
 """
 import functools
 import hashlib
@@ -31,7 +32,7 @@ import extending  # noqa: E402
 import measuring  # noqa: E402
 from extending import script  # noqa: E402
 from sample import context_of, find, find_encoding  # noqa: E402
-from shards import Parser, ShardWriter, sha256_of  # noqa: E402
+from shards import ShardWriter, sha256_of  # noqa: E402
 
 option, require, PlainConfig, PlainGPT = script.option, script.require, script.GPTConfig, script.GPT
 SCALED, WINDOWS = ("linear", "ntk", "base", "by_parts", "yarn"), ("window", "sinks")
@@ -43,7 +44,19 @@ ASKED = "The pass key is"
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9, None)  # shares of the text before the needle; None: there is none
 TOKENS_AT_ONCE, HEAD_ROWS = 32_768, 2_048  # of a forward pass, and of logits in fp32
 RESAMPLES = 2_000
+SET_HERE = ("init_from", "resume", "input_bin", "input_val_bin", "output_dir", "sequence_length", "batch_size",
+            "device", "num_iterations", "total_batch_size", "seed", "save_checkpoints", "save_every_minutes",
+            "keep_last", "dry_run", "extension", "extension_factor", "trained_length")
 TRAINING = "--learning_rate 1e-4 --gradient_checkpointing --shuffle --val_loss_every 0"
+
+
+COUNTS = dict(  # flags: default, least, most, help
+    documents=(64, 1, script.LARGEST, "to read for the loss by position"),
+    trials=(20, 1, script.LARGEST, "needles at each depth and length"),
+    steps=(100, 0, script.LARGEST, "of continued training; 0: none"),
+    total_batch_size=(65_536, 1, script.LARGEST, "tokens of such a step"),
+    seed=(1337, 0, script.LARGEST, "of keys and training"),
+)
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,7 @@ def register():
     script.mixers["attention"] = lambda config, layer: (
         WindowAttention if config.extension in WINDOWS else plain)(config, layer)
     extending.exchange(GPTConfig=LongConfig, GPT=LongGPT, attention_kernel=naming_kernel(script.attention_kernel))
+    extending.head_help(__file__, __doc__)
     extending.show_source(__file__)
 
 
@@ -293,12 +307,6 @@ def key_ranks(model, rows, right, keys, numerics):
     return ranks
 
 
-def wilson(hits, count, z=1.959964):
-    """The 95% interval of a share (Wilson 1927, J. Am. Stat. Assoc. 22)."""
-    middle, half = hits / count + z**2 / (2 * count), z * math.sqrt(hits * (count - hits) / count + z**2 / 4) / count
-    return (middle - half) / (1 + z**2 / count), (middle + half) / (1 + z**2 / count)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -313,27 +321,31 @@ class Experiment:
         require(network["extension"] == "none", f"{self.path} is extended already; name what it was made of")
         self.train_bin, val_bin = (getattr(args, name) or run.get(name, "") for name in ("input_bin", "input_val_bin"))
         self.encoding = find_encoding(args.tokenizer, self.path, self.train_bin, network["vocab_size"])
-        self.shards = script.TokenShards(val_bin)
-        require(self.shards.vocab_size == network["vocab_size"], f"input_val_bin={val_bin} has a vocabulary of "
-                f"{self.shards.vocab_size}, the network of {self.path} one of {network['vocab_size']}; name others")
-        self.shards.check_ids()
+        world = script.World(args.device)
+        require(world.size == 1, "this is one process's; start it without torchrun")
+        self.device = world.device
+        self.shards = extending.open_shards(val_bin, "input_val_bin", self.path, network["vocab_size"])
+        self.train_shards = args.steps and extending.open_shards(self.train_bin, "input_bin", self.path,
+                                                                 network["vocab_size"])
+        extending.refuse_own(training, SET_HERE)
+        self.training = " ".join([f"--num_iterations {args.steps} --warmup_iters {min(20, args.steps // 5)} {TRAINING} "
+                                  f"--total_batch_size {args.total_batch_size} --seed {args.seed}", *training])
         for T in args.lengths:
             require(self.trained < T <= 2**20, f"lengths={T} must be above the {self.trained} tokens that {self.path} "
                     "was trained on, and at most 1048576")
             self.places(self.shards, T + 1, "input_val_bin", val_bin)
             if args.steps:
-                self.places(script.TokenShards(self.train_bin), T, "input_bin", self.train_bin)
+                self.places(self.train_shards, T, "input_bin", self.train_bin)
             for method in args.methods:
                 self.config(method, T)
-        self.device = script.World(args.device).device
+                if args.steps:
+                    extending.check_training(self.flags(method, T), world, network["vocab_size"], self.path,
+                                             self.content)
         self.numerics = script.Numerics("bf16" if self.device.type == "cuda" else "fp32", self.device)
-        self.training = " ".join([f"--num_iterations {args.steps} --warmup_iters {min(20, args.steps // 5)} {TRAINING} "
-                                  f"--total_batch_size {args.total_batch_size} --seed {args.seed}", *training])
-        script.parse_flags(self.training.split())
         self.common = dict(
             checkpoint=sha256_of(self.path)[:12], trained=self.trained, seed=args.seed, documents=args.documents,
             trials=args.trials, data=script.description(val_bin),
-            gpu=torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
+            gpu=extending.device_name(self.device),
         )
 
     @staticmethod
@@ -349,6 +361,12 @@ class Experiment:
 
     def config(self, method, T):
         return LongConfig(**{**self.content["network"], "precision": "fp32", **self.extension(method, T)})
+
+    def flags(self, method, T):
+        """Those of the script that say how an arm is trained."""
+        return [*(f"--{field}={value}" for field, value in self.extension(method, T).items()), *self.training.split(),
+                "--sequence_length", str(T), "--batch_size", str(max(1, min(TOKENS_AT_ONCE, self.args.total_batch_size)
+                                                                     // T)), "--device", self.args.device]
 
     def measure(self, method, T, steps):
         """Append the records that an arm has not yet; an exit code."""
@@ -395,15 +413,13 @@ class Experiment:
     def train(self, method, T, arm):
         """(exit code, weights, figures) of an arm's continued training, which goes on where it was stopped."""
         tokens, own = self.args.total_batch_size, [arm[name] for name in ("checkpoint", "training", "training_data")]
-        folder = self.args.output / f"{method}_{T}_{hashlib.sha256(str(own).encode()).hexdigest()[:8]}"
+        folder = self.args.output_dir / f"{method}_{T}_{hashlib.sha256(str(own).encode()).hexdigest()[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         rows = folder / "rows.bin"
         if not rows.exists():
-            write_rows(script.TokenShards(self.train_bin), T, self.args.steps * tokens, rows)
-        flags = [f"--{field}={value}" for field, value in self.extension(method, T).items()] + self.training.split()
-        code = script.main([*flags, "--init_from", str(self.path), "--sequence_length", str(T), "--batch_size",
-                            str(max(1, min(TOKENS_AT_ONCE, tokens) // T)), "--input_bin", str(rows), "--input_val_bin",
-                            "", "--output_dir", str(folder), *measuring.KEPT])
+            write_rows(self.train_shards, T, self.args.steps * tokens, rows)
+        code = script.main([*self.flags(method, T), "--init_from", str(self.path), "--input_bin", str(rows),
+                            "--input_val_bin", "", "--output_dir", str(folder), *measuring.KEPT])
         torch.compiler.reset()  # or the graphs of all arms would count as those of one function
         if code:
             return code, None, None
@@ -424,7 +440,7 @@ def inserted(ranks):
 def share(ranks):
     """How many are the first, with its interval."""
     hits = sum(rank == 1 for rank in ranks)
-    low, high = wilson(hits, len(ranks))
+    low, high = measuring.wilson(hits, len(ranks))
     return f"{hits / len(ranks):.0%} [{low:.0%}, {high:.0%}]"
 
 
@@ -439,8 +455,8 @@ def against(record, base):
     if base is None or base is record:
         return "-"
     low, high = bootstrap(beyond(record) - beyond(base))
-    verdict = "worse" if low > 0 else "better" if high < 0 else "not distinguishable"
-    return f"{(beyond(record) - beyond(base)).mean():+.3f} [{low:+.3f}, {high:+.3f}], {verdict}"
+    return (f"{(beyond(record) - beyond(base)).mean():+.3f} [{low:+.3f}, {high:+.3f}], "
+            + measuring.verdict([(low, high)]))
 
 
 def rows_of(records):
@@ -496,47 +512,28 @@ def tables(rows):
 
 
 def make_parser():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = extending.experiment_parser(__file__, __doc__, Path("logs"), "checkpoint, run or folder of runs [logs]",
+                                         "what is trained", COUNTS)
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=Path("logs"), help="checkpoint, run or folder of runs [logs]")
-    add("--table", action="store_true", help="print the tables of the results and stop")
-    add("--lengths", type=int, nargs="+", default=[8192, 32768], help="to extend to [8192 32768]")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="[all]")
-    add("--documents", type=int, default=64, help="to read for the loss by position [64]")
-    add("--trials", type=int, default=20, help="needles at each depth and length [20]")
-    add("--steps", type=int, default=100, help="of continued training; 0: none [100]")
-    add("--total_batch_size", type=int, default=65_536, help="tokens of such a step [65536]")
     add("--input_bin", help="shards of the continued training [the checkpoint's]")
     add("--input_val_bin", help="shards of what is read [the checkpoint's]")
     add("--tokenizer", help="gpt2, bytes or a tokenizer.json [what the training shards have]")
-    add("--device", default="auto", help="cuda, mps or cpu [the first of them that is there]")
-    add("--seed", type=int, default=1337, help="of keys and training [1337]")
-    add("--output", type=Path, default=Path("logs/25-long-context"), help="folder of what is trained")
-    add("--results", type=Path, default=HERE / "results.jsonl", help="file of results [results.jsonl beside this]")
+    add("--lengths", type=int, nargs="+", default=[8192, 32768], help="to extend to [8192 32768]")
+    add("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=METHODS, help=f"{', '.join(METHODS)} [all]")
+    parser.epilog = "Behind -- stand flags of train_gpt2_mod.py, for the continued training."
     return parser
 
 
+@extending.experiment
 def measure(argv):
-    """All but `train` and tools, to an exit code."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    try:
-        args = make_parser().parse_args(argv[:end])
-        for name, least in dict(documents=1, trials=1, steps=0, seed=0, total_batch_size=1).items():
-            value = getattr(args, name)
-            require(least <= value <= script.LARGEST, f"{name}={value} must be from {least} to {script.LARGEST}")
-        if args.table:
-            measuring.print_tables(args.results, tables)
-            return 0
-        experiment = Experiment(args, argv[end + 1 :])
-        codes = (experiment.measure(method, T, steps) for steps in sorted({0, args.steps}) for T in args.lengths
-                 for method in args.methods)
-        return next((code for code in codes if code), 0)
-    except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError among them
-        print(f"error: {script.first_line(e)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    """All but `train` and tools."""
+    args, words = extending.parse_experiment(make_parser(), argv, COUNTS)
+    if args.table:
+        return measuring.print_tables(args.results, tables)
+    experiment = Experiment(args, words)
+    codes = (experiment.measure(method, T, steps) for steps in sorted({0, args.steps}) for T in args.lengths
+             for method in args.methods)
+    return next((code for code in codes if code), 0)
 
 
 def main(argv=None):

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """What a trained network gains from looking up the text that it was trained on: kNN-LM, and passages in its context.
 
-    python docs/26-retrieval/retrieval.py --checkpoint logs/A --store logs/A_store --store_tokens 20000000
+    python docs/26-retrieval/retrieval.py --checkpoint logs/A --output_dir logs/A_store --store_tokens 20000000
     python docs/26-retrieval/retrieval.py --table
 
-The first builds store and index, or what is missing of them, measures on validation text what results.jsonl does not
-have yet, and appends it there. README.md says what is measured. Exit codes: 0, done; 2, one line on stderr says what to
-mend; 130, interrupted: the same command goes on.
+The first builds store and index in --output_dir, or what is missing of them, measures on validation text what the file
+of results does not have yet, and appends a record each to it; stopped, the same command goes on. README.md says what is
+measured.
+
+Exit codes: 0, done; 2, one line on stderr says what to mend; 130, interrupted; 141, nobody read what was printed.
 """
 import contextlib
 import json
@@ -22,16 +24,15 @@ import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tools"), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parents[1] / "tools"), str(HERE.parents[1] / "data"), str(HERE.parent)]
+import extending  # noqa: E402
 import measuring  # noqa: E402
-import train_gpt2_mod as script  # noqa: E402
+from extending import script  # noqa: E402
 from evaluate import Progress  # noqa: E402
 from sample import context_of, find  # noqa: E402
-from shards import Parser, sha256_of  # noqa: E402
-from train_gpt2_mod import DataError, require  # noqa: E402
+from shards import sha256_of  # noqa: E402
 
-RESULTS = HERE / "results.jsonl"
+DataError, require = script.DataError, script.require
 LAMBDAS = (0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)  # tried on the tuning split
 TEMPERATURES = (0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)  # that divide squared distances; likewise
 PUBLISHED_LAMBDA = 0.25  # of the paper on Wikitext-103
@@ -40,19 +41,20 @@ POINTS, PQ_CENTROIDS = 39, 256  # that faiss wants of a sample for each centroid
 SAVE_EVERY = 10  # seconds
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # of n-gram hashes; odd
 ARMS = ("full context", "shorter context", "random passages", "retrieved passages")
-COUNTS = dict(  # flags: default, least, help
-    store_tokens=(0, 0, "tokens of training text to read; 0: all"),
-    sequence_length=(0, 0, "tokens in a window; 0: the checkpoint's"),
-    ngram=(50, 1, "tokens shared with the validation text for which a window is dropped"),
-    nprobe=(32, 1, "inverted lists that a query looks at"),
-    k=(1024, 1, "neighbours of a token"),
-    passage_tokens=(64, 1, "tokens that are looked for, and scored, together; a passage has as many again"),
-    passages=(2, 1, "passages in the context"),
-    tune_tokens=(2**16, 1, "validation tokens that choose lambda and temperature"),
-    test_tokens=(2**16, 1, "those behind them that are reported"),
-    batch_size=(8, 1, "sequences computed at once"),
-    memory_mib=(1024, 1, "main memory for keys and index"),
-    seed=(1, 0, "of the index' sample, the random passages and the intervals"),
+MOST = script.LARGEST
+COUNTS = dict(  # flags: default, least, most, help
+    store_tokens=(0, 0, MOST, "tokens of training text to read; 0: all"),
+    sequence_length=(0, 0, MOST, "tokens in a window; 0: the checkpoint's"),
+    ngram=(50, 1, MOST, "tokens shared with the validation text for which a window is dropped"),
+    nprobe=(32, 1, MOST, "inverted lists that a query looks at"),
+    k=(1024, 1, MOST, "neighbours of a token"),
+    passage_tokens=(64, 1, MOST, "tokens that are looked for, and scored, together; a passage has as many again"),
+    passages=(2, 1, MOST, "passages in the context"),
+    tune_tokens=(2**16, 1, MOST, "validation tokens that choose lambda and temperature"),
+    test_tokens=(2**16, 1, MOST, "those behind them that are reported"),
+    batch_size=(8, 1, MOST, "sequences computed at once"),
+    memory_mib=(1024, 1, MOST, "main memory for keys and index"),
+    seed=(1, 0, MOST, "of the index' sample, the random passages and the intervals"),
 )
 
 
@@ -97,14 +99,6 @@ class Reader:
             rows = [F.cross_entropy(self.model.head(row).float(), target.to(row.device), reduction="none")
                     for row, target in zip(x, targets)]
         return torch.stack(rows).double().cpu()
-
-    def open_shards(self, pattern, flag):
-        require(pattern, f"{self.path} does not say what shards it is of; name them with --{flag}")
-        shards, size = script.TokenShards(pattern), self.model.config.vocab_size
-        require(shards.vocab_size == size, f"{flag}={pattern} has a vocabulary of {shards.vocab_size}, the network of "
-                f"{self.path} one of {size}; name shards of its tokenizer")
-        shards.check_ids()
-        return shards
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,11 +159,12 @@ class Store:
             whole = all(os.path.getsize(self.folder / f"{name}.bin") >= self.built * size
                         for name, size in zip(self.arrays, self.window_bytes()))
         except (OSError, ValueError, LookupError, TypeError) as e:
-            raise DataError(f"store={folder} cannot be read ({script.first_line(e)}); remove it, or name "
+            raise DataError(f"output_dir={folder} cannot be read ({script.first_line(e)}); remove it, or name "
                             "another") from e
         for name, value in made_of.items():
-            require(its[name] == value, f"store={folder} was made with {name}={its[name]}, not {value}; name another")
-        require(whole, f"store={folder} is cut short; remove it, or name another")
+            require(its[name] == value, f"output_dir={folder} was made with {name}={its[name]}, not {value}; name "
+                    "another")
+        require(whole, f"output_dir={folder} is cut short; remove it, or name another")
 
     def __getitem__(self, name):
         """An array, mapped."""
@@ -492,19 +487,14 @@ def arms_of(losses, ms, seed):
     return rows
 
 
-def verdict(row):
-    low, high = row["interval"]
-    return "better" if high < 0 else "worse" if low > 0 else "not distinguishable"
-
-
 def tables(records):
     """What --table prints of a GPU's records."""
     for r in records:
         s, rows = r["settings"], []
         for i, row in enumerate(r["arms"]):
             low, high = row["interval"]
-            against = [f"{row['difference']:+.4f} ({low:+.4f} to {high:+.4f})", verdict(row)] if i else ["", ""]
-            rows.append([row["arm"], f"{row['loss']:.4f}", *against, f"{row['ms_per_token']:.4g}"])
+            against = [f"{row['difference']:+.4f} ({low:+.4f} to {high:+.4f})", measuring.verdict([(low, high)])]
+            rows.append([row["arm"], f"{row['loss']:.4f}", *(against if i else ["", ""]), f"{row['ms_per_token']:.4g}"])
         how = (f"{s['index']}, nprobe {s['nprobe']}, k {s['k']}, {r['index_bytes'] / 2**20:,.1f} MiB; the target is "
                f"among the neighbours' {r['share_found']:.1%} of the time" if r["kind"] == "knn" else
                f"{s['passages']} of 2 x {s['passage_tokens']} tokens")
@@ -523,7 +513,7 @@ KINDS = dict(knn=(measure_knn, ("index", "nprobe", "k", "seed")), context=(measu
 
 
 def run(args):
-    """Build the store and measure what is not in results.jsonl yet."""
+    """Build the store and measure what is not in the results yet."""
     faiss = import_faiss()
     world = script.World(args.device)
     require(world.size == 1, "this is one process's; start it without torchrun")
@@ -535,7 +525,8 @@ def run(args):
     require(T % P == 0 and 2 * P * (args.passages + 1) <= T, f"passage_tokens={P} must divide sequence_length={T} and, "
             f"with passages={args.passages}, leave twice as many of it to the text; lower one of them")
     patterns = {name: getattr(args, name) or run_of.get(name, "") for name in ("input_bin", "input_val_bin")}
-    train, val = (reader.open_shards(pattern, name) for name, pattern in patterns.items())
+    train, val = (extending.open_shards(pattern, name, reader.path, config.vocab_size)
+                  for name, pattern in patterns.items())
     require(args.ngram <= min(T, val.total), f"ngram={args.ngram} must be at most sequence_length={T} and the "
             f"{val.total} validation tokens")
     made_of = dict(checkpoint=reader.sha256, key=args.key, precision=args.precision, sequence_length=T,
@@ -548,13 +539,13 @@ def run(args):
     windows = (train.total - 1) // T
     windows = min(windows, args.store_tokens // T) if args.store_tokens else windows
     require(windows >= 1, f"store_tokens={args.store_tokens} and the training text must be over sequence_length={T}")
-    store, begin = Store(args.store, made_of), time.perf_counter()
+    store, begin = Store(args.output_dir, made_of), time.perf_counter()
     store.build(reader, train, val, windows, args.batch_size, args.memory)
     tokens, size = store.windows * T, store.windows * sum(store.window_bytes())
     print(f"store of {tokens:,} tokens, {size / 2**20:,.1f} MiB: {store.dropped} of {windows} windows share "
           f"{args.ngram} tokens with the validation text and are not in it", flush=True)
     common = dict(
-        gpu=torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type,
+        gpu=extending.device_name(world.device),
         checkpoint=f"{reader.path.parent.name}/{reader.path.name}", step=reader.content.get("step", 0),
         store_tokens=tokens, store_bytes=size, dropped=store.dropped, build_s=time.perf_counter() - begin,
         flags=" ".join(args.argv), torch=torch.__version__, faiss=faiss.__version__, script_sha256=measuring.source(),
@@ -565,56 +556,39 @@ def run(args):
             continue
         settings = dict(made_of, windows=windows, tune_tokens=tune * T, test_tokens=test * T,
                         **{name: getattr(args, name) for name in asked})
-        done = [r for r in measuring.read(RESULTS)
+        done = [r for r in measuring.read(args.results)
                 if (r["kind"], r["settings"], r["gpu"]) == (kind, settings, common["gpu"])]
         if not done:
             losses, ms, more = measure(reader, store, faiss, val, splits, args)
             done = [dict(kind=kind, arms=arms_of(losses, ms, args.seed), settings=settings, **common, **more)]
-            measuring.append(RESULTS, *done)
+            measuring.append(args.results, *done)
         print("\n\n".join(["", *tables(done)]), flush=True)
 
 
 def make_parser():
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", type=Path, default=Path("logs"), help="checkpoint, run or folder of runs")
-    parser.add_argument("--store", type=Path, help="folder of the store, made where it is not there")
-    parser.add_argument("--input_bin", help="training shards [the checkpoint's]")
-    parser.add_argument("--input_val_bin", help="validation shards [the checkpoint's]")
-    parser.add_argument("--key", choices=("mlp", "final"), default="mlp", help="what the last block's MLP reads, or "
-                        "what the head reads [mlp]")
-    parser.add_argument("--index", default="flat", help="flat, or what faiss' factory calls an index with inverted "
-                        "lists, such as OPQ64_256,IVF4096,PQ64 [flat]")
-    for name, (default, _, text) in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} [{default}]")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products [fp32]")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu [the first of them that is there]")
-    parser.add_argument("--only", choices=("store", "knn", "context"), help="do this alone")
-    parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
+    parser = extending.experiment_parser(__file__, __doc__, Path("logs"), "checkpoint, run or folder of runs [logs]",
+                                         "store and index", COUNTS)
+    add = parser.add_argument
+    add("--input_bin", help="training shards, whose text is stored [the checkpoint's]")
+    add("--input_val_bin", help="validation shards [the checkpoint's]")
+    add("--key", choices=("mlp", "final"), default="mlp", help="what the last block's MLP reads, or the head [mlp]")
+    add("--index", default="flat", help="flat, or what faiss' factory calls an index with inverted lists, such as "
+        "OPQ64_256,IVF4096,PQ64 [flat]")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products [fp32]")
+    add("--only", choices=("store", "knn", "context"), help="do this alone [all]")
     return parser
 
 
-def main(argv=None):
-    try:
-        argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-        args = make_parser().parse_args(argv)
-        if args.table:
-            measuring.print_tables(RESULTS, tables)
-            return 0
-        require(args.store, "store= names nothing; name a folder with --store")
-        require(args.index == "flat" or "IVF" in args.index, f"index={args.index} must be flat or have inverted lists "
-                "(IVF in its name)")
-        for name, (_, least, _) in COUNTS.items():
-            value = getattr(args, name)
-            require(least <= value <= script.LARGEST, f"{name}={value} must be from {least} to {script.LARGEST}")
-        args.memory, args.argv = args.memory_mib * 2**20, argv
-        run(args)
-    except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError among them
-        print(f"error: {script.first_line(e)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+@extending.experiment
+def main(argv):
+    args, words = extending.parse_experiment(make_parser(), argv, COUNTS)
+    if args.table:
+        return measuring.print_tables(args.results, tables)
+    require(not words, f"{' '.join(words)} would be ignored: nothing is trained here; drop what stands behind --")
+    require(args.index == "flat" or "IVF" in args.index, f"index={args.index} must be flat or have inverted lists (IVF "
+            "in its name)")
+    args.memory, args.argv = args.memory_mib * 2**20, argv
+    run(args)
 
 
 if __name__ == "__main__":

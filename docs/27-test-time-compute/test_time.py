@@ -5,29 +5,33 @@
     python docs/27-test-time-compute/test_time.py --seed 1 --checkpoint logs/RUN_ID     begins with a trained network
     python docs/27-test-time-compute/test_time.py --table
 
-What stands behind -- are flags of the script, for both trainings. Shards, runs and samples lie in --output_dir, and the
-same command goes on where it was stopped. Exit codes: 0, measured; 2, one line on stderr says what to mend; 75, a
-signal stopped a training, which can go on; 130, interrupted; else that of a training that failed.
+What stands behind -- are flags of the script, for both trainings. Shards, runs and samples lie in --output_dir, and
+stopped, the same command goes on. It appends a record of each scratchpad to the file of results.
+
+Exit codes: 0, done; 2, one line on stderr says what to mend; 130, interrupted; 141, nobody read what was printed; else
+what a training ended with.
 """
+import dataclasses
 import json
 import math
 import re
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE.parent), str(ROOT / "tools"), str(ROOT / "data")]
-import train_gpt2_mod as script  # noqa: E402
-from measuring import append, by_gpu, read, source, table  # noqa: E402
+sys.path[:0] = [str(HERE.parents[1] / "tools"), str(HERE.parents[1] / "data"), str(HERE.parent)]
+import extending  # noqa: E402
+import measuring  # noqa: E402
+from extending import script  # noqa: E402
 from sample import Cache, find, find_encoding, load  # noqa: E402
-from shards import Parser, ShardWriter  # noqa: E402
-from train_gpt2_mod import require  # noqa: E402
+from shards import ShardWriter  # noqa: E402
 
+require = script.require
 SCRATCHPADS = dict(none="n", short="s", long="l")  # and the character by which a problem asks for it
 CHARACTERS = "nsl0123456789+=:,;#?y"
 SPLITS = ("test", "verifier", "val", "train")
@@ -39,7 +43,8 @@ NETWORK = "--model mini --document_mask"
 TRAINING = ("--sequence_length 512 --batch_size 128 --total_batch_size 65536 --num_iterations 3000 "
             "--learning_rate 1e-3 --warmup_iters 100 --warmdown_fraction 0.5 --val_loss_every 500 --log_every 100 "
             "--save_every_minutes 3 --keep_last 1")
-SET_HERE = ("input_bin", "input_val_bin", "output_dir", "seed", "resume", "init_from", "save_checkpoints", "dry_run")
+SET_HERE = ("input_bin", "input_val_bin", "output_dir", "seed", "device", "resume", "init_from", "save_checkpoints",
+            "dry_run")
 COUNTS = dict(  # flags: default, least, most, help
     digits=(3, 1, 9, "of each number"),
     terms=(6, 2, 20, "a sum has 2 to so many"),
@@ -49,7 +54,8 @@ COUNTS = dict(  # flags: default, least, most, help
     verifier_problems=(2000, 1, 10**6, "for each number of terms, from samples of which the verifier learns"),
     verifier_samples=(16, 1, 1024, "of each of those"),
     verifier_steps=(1000, 1, 10**6, "of the verifier's training"),
-    batch_size=(1024, 1, 2**16, "samples drawn at a time"),
+    sample_batch_size=(1024, 1, 2**16, "samples drawn at a time"),
+    seed=(1, 0, 2**31 - 1, "of problems, trainings and samples"),
 )
 
 
@@ -159,19 +165,27 @@ class Characters:
         return "".join(self.character.get(token, " ") for token in tokens.tolist())
 
 
-def write_shard(path, documents, T, characters):
-    """Rows of T tokens, each with as many whole documents as it holds and end-of-text tokens behind them: the script's
-    row i is tokens iT to iT + T. Documents come without the end-of-text token that begins them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer, row, filled = ShardWriter(path, characters.n_vocab), np.full(T, characters.eot, np.uint16), 0
+def rows_of(documents, T, eot):
+    """Rows of T tokens, each with as many whole documents as it holds and end-of-text tokens behind them. Documents
+    come without the end-of-text token that begins them."""
+    row, filled = np.full(T, eot, np.uint16), 0
     for document in documents:
         size = 1 + len(document)
         if filled + size > T:
-            writer.write(row)
-            row[:], filled = characters.eot, 0
+            yield row
+            row, filled = np.full(T, eot, np.uint16), 0
         row[filled + 1 : filled + size] = document
         filled += size
-    writer.write(np.append(row, row[:1]))  # and the target of the last token
+    yield row
+
+
+def write_shard(path, rows, characters):
+    """A shard of which the script's row i is row i."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(path, characters.n_vocab)
+    for row in rows:
+        writer.write(row)
+    writer.write(row[:1])  # the target of the last token
     writer.close()
 
 
@@ -284,13 +298,6 @@ def auc(right, scores):
     return float(np.mean([(a > 0).mean() + (a == 0).mean() / 2 for a in apart])) if apart else None
 
 
-def wilson(right, count, z=1.959964):
-    """The 95% interval of a share (Wilson 1927)."""
-    p, spread = right / count, z * z / count
-    middle, half = p + spread / 2, z * math.sqrt(p * (1 - p) / count + spread / count / 4)
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
-
-
 def bootstrap(P, rng):
     """A function that gives mean and 95% interval of P values, one a problem, by the percentiles of the means of P
     drawn with replacement, the same draws each time."""
@@ -302,42 +309,74 @@ def bootstrap(P, rng):
 # The experiment
 
 
+def validated(count):
+    """How many of so many samples are for the verifier's validation loss."""
+    return max(1, min(VALIDATED, count // 10))
+
+
 class Study:
     """What one seed needs, in a folder of its own, where each step goes on from the files that are there."""
 
     def __init__(self, args, flags):
-        typed = script.parse_flags([*TRAINING.split(), *flags])
-        for name in SET_HERE:
-            require(name not in typed, f"{name} is set by this program; drop it from what stands behind --")
-        self.args, self.folder = args, Path(args.output_dir) / f"seed{args.seed}"
-        world, self.T = script.World(typed.get("device", "auto")), typed["sequence_length"]
-        require(world.size == 1, "the samples are one process's; start this program without torchrun")
-        self.device = world.device
+        extending.refuse_own(flags, SET_HERE)
+        self.args, self.folder, world = args, args.output_dir / f"seed{args.seed}", script.World(args.device)
+        require(world.size == 1, "this is one process's; start it without torchrun")
+        self.device, self.T = world.device, script.parse_flags([*TRAINING.split(), *flags])["sequence_length"]
         longest = len(prompt([10**args.digits - 1] * args.terms, "long") + "?y")
         longest += most_tokens(args.digits, args.terms, "long")
         require(self.T >= longest, f"sequence_length={self.T} must be at least {longest}, a sample and its verdict; "
                 "type more behind --, or lower --terms or --digits")
-        self.start, vocab_size = args.checkpoint and find(Path(args.checkpoint)), 257
+        self.start, content = args.checkpoint and find(args.checkpoint), None
         if self.start:
-            vocab_size = script.load_checkpoint(self.start, script.WEIGHTS, "checkpoint")["network"]["vocab_size"]
-        self.typed = [*("" if self.start else NETWORK).split(), *TRAINING.split(), *flags]
-        if not self.start:  # before the folder is begun, of whose settings the flags are a part
-            script.resolve(script.parse_flags(self.typed), script.ANY_MACHINE)
+            content = script.load_checkpoint(self.start, script.WEIGHTS, "checkpoint")
+        vocab_size = content["network"]["vocab_size"] if content else 257
+        self.typed = [*("" if content else NETWORK).split(), *TRAINING.split(), *flags]
+        # All that can be said of the trainings before the folder is begun, of whose settings the flags are a part.
+        config, run = extending.check_training(self.typed, world, vocab_size, self.start, content)
+        try:
+            trained = dict(network=dataclasses.asdict(config), run=dict(model=run.model))
+            extending.check_training([*self.typed, "--num_iterations", str(args.verifier_steps)], world, vocab_size,
+                                     "the generator", trained, "the generator")
+        except script.ConfigError as e:
+            raise script.ConfigError(f"the verifier's training, of --verifier_steps: {e}") from e
         self.characters = Characters(find_encoding(None, self.start, str(self.folder / "sums" / "x"), vocab_size))
         self.problems = Problems(args.seed, args.digits, args.terms, test=args.test_problems,
                                  verifier=args.verifier_problems, val=args.test_problems)
-        self.terms, self.cache = range(2, args.terms + 1), None
-        self.settings = {name: getattr(args, name) for name in ("checkpoint", "temperature", *COUNTS)}
+        self.terms, self.cache, self.needed = range(2, args.terms + 1), None, run.tokens_per_step + config.lookahead
+        self.check_sizes()
+        self.settings = dict(checkpoint=args.checkpoint and str(args.checkpoint), temperature=args.temperature)
+        self.settings |= {name: getattr(args, name) for name in COUNTS if name != "seed"}
         self.settings["flags"] = " ".join(flags)
+
+    def check_sizes(self):
+        """Raise ConfigError unless each training has the tokens of a step; of the verifier's as if all samples were
+        right, which is known only when the generator is trained."""
+        problems, kinds = self.problems, list(SCRATCHPADS)
+        sums = problems.texts("train", problems.for_training(self.args.train_problems))
+        self.check_rows(self.rows(map(self.characters.encode, sums)), "train_problems")
+        texts = (prompt(terms, kind) + solution(terms, kind) + "?y" for k in self.terms
+                 for terms in problems.of("verifier", k) for kind in kinds for _ in range(self.args.verifier_samples))
+        count = len(self.terms) * self.args.verifier_problems * len(kinds) * self.args.verifier_samples
+        texts = islice(texts, validated(count), None)
+        self.check_rows(self.rows(map(self.characters.encode, texts)), "verifier_problems")
+
+    def check_rows(self, rows, flag, more=""):
+        """Raise ConfigError unless rows are a step's tokens, and the last one's target."""
+        most = 1 + self.T * sum(1 for _ in islice(rows, -(-self.needed // self.T)))
+        require(most >= self.needed, f"{flag}={getattr(self.args, flag)} is too few: {more}{most:,} tokens, and a step "
+                f"of the training needs {self.needed:,}; raise --{flag}, or lower --total_batch_size behind --")
+
+    def rows(self, documents):
+        return rows_of(documents, self.T, self.characters.eot)
 
     def begin(self):
         """The SHA-256 of the script with which the folder was begun. Raises ConfigError where it has other settings."""
-        path, mine = self.folder / "settings.json", dict(self.settings, script_sha256=source())
+        path, mine = self.folder / "settings.json", dict(self.settings, script_sha256=measuring.source())
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             script.write_atomically(path, lambda f: f.write(json.dumps(mine).encode()))
         there = json.loads(path.read_text())
-        other = next((name for name, value in self.settings.items() if there[name] != value), None)
+        other = next((name for name, value in self.settings.items() if there.get(name) != value), None)
         require(not other, f"{self.folder} was begun with {other}={there.get(other)!r}; name another --output_dir")
         return there["script_sha256"]
 
@@ -345,7 +384,7 @@ class Study:
         """The checkpoint of a training that is done, by the script's own main()."""
         output = self.folder / name
         flags = [*self.typed, *more, "--seed", self.args.seed, "--input_bin", shards / "train_*.bin", "--input_val_bin",
-                 shards / "val_*.bin", "--output_dir", output, "--resume", "auto"]
+                 shards / "val_*.bin", "--output_dir", output, "--device", self.args.device, "--resume", "auto"]
         while True:
             path = next(script.candidates(output, lambda network: True), None)
             content = path and script.load_checkpoint(path)
@@ -364,7 +403,8 @@ class Study:
         for split, own in dict(val=val, train=self.problems.for_training(self.args.train_problems)).items():
             path = shards / f"{split}_000.bin"
             if not path.exists():
-                write_shard(path, map(self.characters.encode, self.problems.texts(split, own)), self.T, self.characters)
+                texts = self.problems.texts(split, own)
+                write_shard(path, self.rows(map(self.characters.encode, texts)), self.characters)
         return self.train("generator", shards, *(["--init_from", self.start] if self.start else []))
 
     def samples(self, split, kind, k):
@@ -382,8 +422,8 @@ class Study:
         if split == "test":
             chances = np.concatenate([np.full_like(chances[:, :1], -1), chances], 1)
         idx = [[eot, *self.characters.encode(prompt(terms, kind)).tolist()] for terms in problems]
-        idx = torch.tensor(idx).repeat_interleave(chances.shape[1], 0).split(args.batch_size)
-        drawn = torch.from_numpy(chances).float().flatten(0, 1).split(args.batch_size)
+        idx = torch.tensor(idx).repeat_interleave(chances.shape[1], 0).split(args.sample_batch_size)
+        drawn = torch.from_numpy(chances).float().flatten(0, 1).split(args.sample_batch_size)
         parts = [draw_solutions(self.cache, some.to(self.device), chance.to(self.device), args.temperature, eot)
                  for some, chance in zip(idx, drawn)]
         tokens, likelihood = map(np.concatenate, zip(*parts))
@@ -419,17 +459,20 @@ class Study:
                 _, right, _, _, rows = self.judged("verifier", kind, k)
                 verdicts = {at: self.characters.encode("y" if right[at] else "n") for at in rows}
                 documents += [np.append(row[1:], verdicts[at]).astype(np.uint16) for at, row in rows.items()]
-            require(len(documents) > 1, "no sample of the generator has an answer; train it longer")
-            order, cut = self.problems.rng("verifier", 1).permutation(len(documents)), len(documents) // 10
-            cut = max(1, min(VALIDATED, cut))
-            for split, places in dict(val=order[:cut], train=order[cut:]).items():
-                write_shard(shards / f"{split}_000.bin", (documents[i] for i in places), self.T, self.characters)
+            require(len(documents) > 1, "no sample of the generator has an answer; train it longer, in another "
+                    "--output_dir")
+            order, cut = self.problems.rng("verifier", 1).permutation(len(documents)), validated(len(documents))
+            rows = {split: lambda places=places: self.rows(documents[i] for i in places)
+                    for split, places in dict(val=order[:cut], train=order[cut:]).items()}
+            self.check_rows(rows["train"](), "verifier_problems", f"{len(documents):,} samples have an answer, ")
+            for split, its in rows.items():
+                write_shard(shards / f"{split}_000.bin", its(), self.characters)
         return self.train("verifier", shards, "--init_from", generator, "--num_iterations", self.args.verifier_steps)
 
     def record(self, kind, verifier):
         """What the results have of one scratchpad. Tokens are those of a problem, read once, and those written; where a
         verifier reads, also all that it reads."""
-        parts, rng, size = [], self.problems.rng("test", 1), self.args.batch_size
+        parts, rng, size = [], self.problems.rng("test", 1), self.args.sample_batch_size
         for k in self.terms:
             *part, rows = self.judged("test", kind, k)
             chance = np.zeros(part[0].shape)
@@ -454,15 +497,14 @@ class Study:
 
     def run(self, results):
         """Append the records that are not there yet."""
-        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
-        whole = dict(gpu=gpu, seed=self.args.seed, settings=self.settings)
-        done = [r["scratchpad"] for r in read(results) if all(r[key] == value for key, value in whole.items())]
+        whole = dict(gpu=extending.device_name(self.device), seed=self.args.seed, settings=self.settings)
+        done = [r["scratchpad"] for r in measuring.read(results) if whole.items() <= r.items()]
         missing = [kind for kind in SCRATCHPADS if kind not in done]
         if missing:
             whole |= dict(torch=torch.__version__, script_sha256=self.begin())
             verifier = self.network(self.verifier())
         for kind in missing:
-            append(results, whole | self.record(kind, verifier))
+            measuring.append(results, whole | self.record(kind, verifier))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -475,18 +517,12 @@ def cell(found):
     return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
-def verdict(gains):
-    if all(low > 0 for _, low, _ in gains):
-        return "better"
-    return "worse" if all(high < 0 for *_, high in gains) else "not told apart"
-
-
 def average(values, form):
     known = [value for value in values if value is not None]
     return format(np.mean(known), form) if known else "-"
 
 
-def tables(records):
+def tables_of(records):
     """Of records that differ in seed and scratchpad alone."""
     its = {kind: own for kind in SCRATCHPADS if (own := [r for r in records if r["scratchpad"] == kind])}
     counts, rows = list(records[0]["curves"]["vote"]), ([], [], [])
@@ -495,7 +531,7 @@ def tables(records):
         right = {k: np.sum([r["greedy"]["terms"][k] for r in own], 0) for k in own[0]["greedy"]["terms"]}
         right["all"] = sum(right.values())
         rows[0].append([kind, average([r["greedy"]["tokens"] for r in own], ".0f"),
-                        *(cell([(r / count, *wilson(r, count))]) for r, count in right.values()),
+                        *(cell([(r / count, *measuring.wilson(r, count))]) for r, count in right.values()),
                         average([100 * r["unanswered"] for r in own], ".1f"),
                         *(average([r[f"auc_{score}"] for r in own], ".3f") for score in ("likelihood", "verifier"))])
         for method in METHODS:
@@ -503,55 +539,39 @@ def tables(records):
             rows[1].append([kind, method, *(average([point["tokens"] for point in each], ".0f") + ": "
                                             + cell([point["accuracy"] for point in each]) for each in points.values())])
             gains = [point["gain"] for point in points[counts[-1]]]
-            rows[2].append([kind, method, cell(gains), verdict(gains) if method != "oracle" else "a ceiling"])
-    return [table(["greedy, scratchpad", "tokens", *(f"{k} terms" if k != "all" else k for k in right),
+            said = measuring.verdict([interval for _, *interval in gains], "more")
+            rows[2].append([kind, method, cell(gains), said if method != "oracle" else "a ceiling"])
+    return [measuring.table(["greedy, scratchpad", "tokens", *(f"{k} terms" if k != "all" else k for k in right),
                    "samples without an answer", "AUC of likelihood", "AUC of verifier"], rows[0]),
-            table(["scratchpad", "best by", *(f"N = {n}, tokens: right" for n in shown)], rows[1]),
-            table(["scratchpad", f"N = {counts[-1]}, best by", "points above greedy", "verdict"], rows[2])]
+            measuring.table(["scratchpad", "best by", *(f"N = {n}, tokens: right" for n in shown)], rows[1]),
+            measuring.table(["scratchpad", f"N = {counts[-1]}, best by", "points above greedy", "verdict"], rows[2])]
 
 
-def print_tables(results):
-    records = read(results)
-    if not records:
-        print(f"{results.name} holds nothing: not measured yet")
-    for gpu, own in by_gpu(records):
-        for settings in {json.dumps(r["settings"]): r["settings"] for r in own}.values():
-            its = [r for r in own if r["settings"] == settings]
-            versions, seeds = (", ".join(dict.fromkeys(map(str, column)))
-                               for column in zip(*((r["script_sha256"][:8], r["seed"]) for r in its)))
-            said = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
-            print("\n\n".join([f"{gpu}, torch {its[-1]['torch']}, script {versions}, seeds {seeds}; {said}",
-                               *tables(its)]) + "\n")
+def tables(records):
+    """Of one GPU's records, those of each settings by themselves."""
+    for settings in {json.dumps(r["settings"]): r["settings"] for r in records}.values():
+        its = [r for r in records if r["settings"] == settings]
+        seeds = ", ".join(dict.fromkeys(str(r["seed"]) for r in its))
+        yield f"Seeds {seeds}; " + ", ".join(f"{name} {value}" for name, value in settings.items() if value)
+        yield from tables_of(its)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    cut = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--table", action="store_true", help="print the tables of the results and stop")
-    parser.add_argument("--seed", type=int, default=1, help="of problems, trainings and samples [1]")
-    parser.add_argument("--checkpoint", help="begin the generator with its weights [a new mini]")
-    parser.add_argument("--output_dir", default="logs/27", help="folder of shards, runs and samples [logs/27]")
-    parser.add_argument("--results", type=Path, default=HERE / "results.jsonl", help="of records [results.jsonl here]")
+def make_parser():
+    parser = extending.experiment_parser(__file__, __doc__, None, "checkpoint, run or folder of runs, with whose "
+                                         "weights the generator begins [none: a new mini]",
+                                         "shards, runs and samples", COUNTS)
     parser.add_argument("--temperature", type=float, default=0.7, help="divides the logits of samples [0.7]")
-    for name, (default, _, _, help) in COUNTS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{help} [{default}]")
-    try:
-        args = parser.parse_args(argv[:cut])
-        for name, (_, least, most, _) in dict(COUNTS, seed=(0, 0, 2**31 - 1, 0)).items():
-            value = getattr(args, name)
-            require(least <= value <= most, f"{name}={value} must be from {least} to {most}")
-        require(0.01 <= args.temperature <= 100, f"temperature={args.temperature} must be from 0.01 to 100")
-        if not args.table:
-            Study(args, argv[cut + 1 :]).run(args.results)
-        print_tables(args.results)
-    except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError among them
-        print(f"error: {script.first_line(e)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    parser.epilog = "Behind -- stand flags of train_gpt2_mod.py, for both trainings."
+    return parser
+
+
+@extending.experiment
+def main(argv):
+    args, words = extending.parse_experiment(make_parser(), argv, COUNTS)
+    require(0.01 <= args.temperature <= 100, f"temperature={args.temperature} must be from 0.01 to 100")
+    if not args.table:
+        Study(args, words).run(args.results)
+    measuring.print_tables(args.results, tables)
 
 
 if __name__ == "__main__":

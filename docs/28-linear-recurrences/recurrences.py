@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Train with a recurrence or a long convolution in place of attention: --mixer retnet, delta, rwkv7 or hyena, or a
-preset, d12_delta for one. All other flags, and --help, are the script's; docs/extending.py says how its tools are run.
+preset, d12_delta for one. All other flags, and the other presets, such as d12, are those of train_gpt2_mod.py;
+docs/extending.py says how its tools are run.
 
     python docs/28-linear-recurrences/recurrences.py --model d12_delta --batch_size 32
     python docs/28-linear-recurrences/recurrences.py tools/sample.py logs --prompt 'Once upon a time'
@@ -565,6 +566,7 @@ def register():
                            lambda config: config.mixer in USED),
                        start_run=choosing_kernels(script.start_run))
     extending.show_source(__file__)
+    extending.head_help(__file__, __doc__)
 
 
 def __getattr__(name):
