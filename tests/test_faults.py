@@ -306,7 +306,7 @@ def test_killed_three_times(runs):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_killed_at_random_moments(runs, precision, size, optimizer):
     flags = [*LONG, "--precision", precision, "--optimizer", optimizer]
-    start, rounds, startup = (lambda **how: runs.start(*flags, **how)[0], 3, 0.4)
+    start, rounds, startup = (lambda **how: runs.start(*flags, **how)[0], 3, 0.2)
     if size == 2:
         start, rounds, startup = (lambda **how: runs.torchrun(*flags, **how), 2, 6)
     landed = kill_at_random(runs, lambda: start(faults="slow=0.04"), rounds, startup, f"{precision} {size} {optimizer}")
