@@ -598,8 +598,8 @@ base_configs: dict[str, dict[str, Any]] = {
 
 def fast_configs(depth):
     """(The network, and what differs from the defaults when a run begins with it) of the preset of so many blocks. How
-    width, batch, rates and decay go with depth are nanochat's rules (github.com/karpathy/nanochat), but that no rate
-    goes with the batch (docs/05-depth-rules); the values of 12 blocks are measured in docs/04-time-to-loss."""
+    width, batch, rates and decay go with depth are nanochat's rules (github.com/karpathy/nanochat), but that rates and
+    decay do not go with the batch (docs/05-depth-rules); the values of 12 blocks are those of docs/04-time-to-loss."""
     width = 128 * math.ceil(depth / 2)
     network = dict(FAST, n_layer=depth, n_embd=width, n_head=width // 128, value_embeddings=min(3, depth // 2))
     size, size_of_12 = (12 * n * w**2 + GPT2_VOCAB_SIZE * w for n, w in ((depth, width), (12, 768)))

@@ -25,7 +25,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -115,20 +114,21 @@ def stacked():
     return arms
 
 
-def against_d12(program, *presets, long={}):
+def against_d12(program, *presets, long=None):
     """Networks of another program against `d12`, whose run of equal tokens is docs/15's and docs/16's too. `long` has
     the further flags of a preset at T = 8,192."""
-    def arms(own="", further={}):
-        return {"d12": "--model d12",
-                **{name: " ".join(f"--script docs/{program} --model {name} {own} {further.get(name, '')}".split())
-                   for name in presets}}
+    def arms(own="", further=None):
+        its = {name: f"--script docs/{program} --model {name} {own} {(further or {}).get(name, '')}"
+               for name in presets}
+        return {"d12": "--model d12", **{name: " ".join(flags.split()) for name, flags in its.items()}}
 
     alike, brief = "--batch_size 16 --total_batch_size 65536", "--warmup 3 --steps 4"
     return {
         "T=1024": Part("speed", "65,536 tokens a step, 16 sequences of 1,024 at a time", alike, arms(), brief),
         "T=8192": Part("speed", "65,536 tokens a step, 2 sequences of 8,192 at a time",
                        "--sequence_length 8192 --batch_size 2 --total_batch_size 65536", arms(further=long), brief),
-        "equal tokens": Part("loss", "20.0 M tokens", SHORT, arms(own="--batch_size 16")),
+        "equal tokens": Part("loss", "20.0 M tokens; `d12` has 64 sequences at a time, others 16: only losses compare",
+                             SHORT, arms(own="--batch_size 16")),
         "equal seconds": Part("seconds", f"{60 * MINUTES:g} s of training each, one run at a time",
                               f"{alike} --sequence_length 1024 {SCHEDULE} --warmup_iters 20 --minutes {MINUTES:g}",
                               arms()),
@@ -820,6 +820,10 @@ def main(argv=None):
     """The exit code: 1 if something failed."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--script"]:
+        if not argv[1:] or not Path(argv[1]).is_file():
+            print("error: --script takes the program of an experiment, such as docs/24-mamba-2/mamba.py, and its flags",
+                  file=sys.stderr)
+            return 2
         os.execv(sys.executable, [sys.executable, *argv[1:]])
     begun, args = time.monotonic(), make_parser().parse_args(argv)
     names, failed = args.only or list(EXPERIMENTS), 0
@@ -841,16 +845,5 @@ def main(argv=None):
     return 1 if failed else 0
 
 
-def main_of_a_pipe():
-    """main(), which ends without a word where nobody reads on, as before head."""
-    try:
-        code = main()
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
-        return 128 + signal.SIGPIPE
-
-
 if __name__ == "__main__":
-    measuring.run(main_of_a_pipe, RESULTS)
+    measuring.run(main, RESULTS)

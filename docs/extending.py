@@ -12,7 +12,6 @@ import contextlib
 import functools
 import importlib.util
 import os
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -194,14 +193,9 @@ def experiment(main):
     """main(argv) as a program, to its exit code: what can be mended, or an interruption, is one line on stderr."""
     @functools.wraps(main)
     def program(argv=None):
+        words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
         try:
-            try:
-                return main([str(word) for word in (sys.argv[1:] if argv is None else argv)]) or 0
-            finally:
-                sys.stdout.flush()
-        except BrokenPipeError:  # who reads has gone, such as head; Python's own last flush must not meet that
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            return measuring.to_a_reader(lambda: main(words) or 0)
         except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError among them
             print(f"error: {script.first_line(e)}", file=sys.stderr)
             return 2

@@ -87,9 +87,9 @@ def run_words(copy, words, **environment):
 
 
 def shrunk(processes, words=()):
-    tokens, length = 32 * processes, "--warmdown_iters 0" * ("--warmdown_fraction" not in words)
+    tokens, warmdown = 32 * processes, "--warmdown_iters 0" * ("--warmdown_fraction" not in words)
     return ("--n_layer 1 --n_head 4 --n_embd 32 --batch_size 1 --sequence_length 32 --num_iterations 2 --val_tokens 64 "
-            f"--warmup_iters 0 {length} --total_batch_size {tokens} --grad_accumulation_steps {processes} "
+            f"--warmup_iters 0 {warmdown} --total_batch_size {tokens} --grad_accumulation_steps {processes} "
             "--device cpu --no_compile").split()
 
 
