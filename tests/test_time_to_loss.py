@@ -457,6 +457,7 @@ def test_the_ladder_of_made_up_records():
     assert fast.verdict(0.1, 0.01) == "worse"
 
 
+@pytest.mark.slow
 def test_the_lines_of_a_rung(monkeypatch, tmp_path):
     monkeypatch.setattr(fast.measuring, "SCRIPT", tmp_path / "script.py")
     fast.measuring.SCRIPT.write_text("a = 1\n\n\nclass B:\n    def c(self):\n        return a\n\n\nb = ab = B()\n")
