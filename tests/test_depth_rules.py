@@ -49,7 +49,7 @@ def test_the_rates_are_those_of_the_formula_by_each_factor():
             assert run.num_iterations * run.tokens_per_step == rules.SHORT
             for name in rules.RATES:
                 assert getattr(run, name) == pytest.approx(factor * recipe[name], rel=1e-5)
-            assert run.weight_decay == recipe["weight_decay"]
+            assert run.weight_decay == pytest.approx(recipe["weight_decay"], rel=1e-5)
 
 
 def test_rates_by_the_root_of_the_batch():

@@ -67,31 +67,30 @@ def size_of(depth):
     return model.parameter_count(), model.flops_per_token(1024)
 
 
-def fast(kind, depth, flags, parts=1):
-    """A run of a preset, its batch in words, so that a record says it; the micro-batch in smaller parts leaves room for
-    others beside it."""
+def fast(kind, depth, flags, parts=1, factor=1, by_batch=False):
+    """A run of a preset, what the formula says in words, so that a record is of this formula and no later one; the
+    micro-batch in smaller parts leaves room for others beside it."""
     batch = preset(depth)[1]["tokens_per_step"]
     size = f"--batch_size {micro_batch(depth) // parts} --total_batch_size {batch}"
-    return Run(kind, f"d{depth}_fast", f"--model d{depth}_fast {size} {flags} {SHAPE}")
+    return Run(kind, f"d{depth}_fast",
+               f"--model d{depth}_fast {size} {typed_rates(depth, factor, by_batch)} {flags} {SHAPE}")
 
 
 def typed_rates(depth, factor=1, by_batch=False):
-    """The formula's rates by a factor; or, of another formula, with those and the decay by the root of the batch."""
+    """The formula's rates by a factor, and its decay; or, of another formula, with these by the root of the batch."""
     recipe = preset(depth)[1]
     root = math.sqrt(recipe["tokens_per_step"] / 65536) if by_batch else 1
     typed = " ".join(f"--{name} {factor * recipe[name] * (root if name != 'scalar_lr' else 1):.6g}" for name in RATES)
-    return typed + f" --weight_decay {root * recipe['weight_decay']:.6g}" * by_batch
+    return f"{typed} --weight_decay {root * recipe['weight_decay']:.6g}"
 
 
 def rates(depth, factor, by_batch=False):
     steps = round(SHORT / preset(depth)[1]["tokens_per_step"])
-    flags = f"{typed_rates(depth, factor, by_batch)} --num_iterations {steps} --val_loss_every 0"
-    return fast("rates", depth, flags, parts=2)
+    return fast("rates", depth, f"--num_iterations {steps} --val_loss_every 0", 2, factor, by_batch)
 
 
 def in_minutes(depth, by_batch=False):
-    flags = f"{typed_rates(depth, by_batch=True)} " * by_batch
-    return fast("minutes", depth, f"{flags}--minutes {MINUTES[depth]:g} --val_loss_every 0")
+    return fast("minutes", depth, f"--minutes {MINUTES[depth]:g} --val_loss_every 0", by_batch=by_batch)
 
 
 def plain(depth, rate):
@@ -109,7 +108,8 @@ def scale(depth):
 
 
 def card(name, place):
-    return Run("card", name, f"{CARDS[name]} {place} --val_loss_every 0 --shuffle {SHAPE}")
+    typed = typed_rates(12) if name == "d12_fast" else ""
+    return Run("card", name, f"{CARDS[name]} {typed} {place} --val_loss_every 0 --shuffle {SHAPE}")
 
 
 def runs(kinds, seeds, depths=None):
