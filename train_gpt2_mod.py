@@ -857,7 +857,7 @@ def rule_batch_size(fields, typed, machine):
 
     def needed(size, training):
         run = TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=max(1, tokens // (size * T)),
-                          parallel=fields["parallel"])
+                          parallel=fields["parallel"], optimizer=fields["optimizer"])
         return sum(memory_plan(config, run, model, world, training).values())
 
     most = min(tokens // row_tokens, LARGEST_BATCH)

@@ -243,7 +243,7 @@ REFUSED = [
 
 # A batch size that is found
 
-KINDS = ["", "--sequence_length 96", "--gradient_checkpointing", "--precision fp8", "--model gpt2 --n_layer 2"]
+KINDS = ["", "--sequence_length 96", "--gradient_checkpointing", "--precision fp8", "--model gpt2 --n_layer 2", "--optimizer muon"]
 
 
 def built(config):
@@ -251,9 +251,10 @@ def built(config):
         return script.GPT(config)
 
 
-def plan_of(model, tokens, size, T, world, training=True):
+def plan_of(model, tokens, size, T, world, training=True, optimizer="adamw"):
     """Bytes of a step of so many tokens in micro-batches of a size, by the memory plan."""
-    run = script.TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=tokens // (size * T) or 1)
+    run = script.TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=tokens // (size * T) or 1,
+                             optimizer=optimizer)
     return sum(script.memory_plan(model.config, run, model, world, training).values())
 
 
@@ -266,7 +267,8 @@ def test_the_batch_size_that_is_found_is_the_largest_divisor_that_fits(flags, ro
     config, run = resolved(flags, **here)
     model, T, found = built(config), run.sequence_length, set()
     tokens = T * rows
-    plans = {size: plan_of(model, tokens, size, T, world) for size in range(1, rows + 1) if rows % (size * world) == 0}
+    plans = {size: plan_of(model, tokens, size, T, world, optimizer=run.optimizer)
+             for size in range(1, rows + 1) if rows % (size * world) == 0}
     for room in sorted({plan * factor for plan in plans.values() for factor in (0.999, 1.001)}):
         expected = max((size for size, plan in plans.items() if plan <= room), default=None)
         argv = flags, "--batch_size auto --total_batch_size", str(tokens)

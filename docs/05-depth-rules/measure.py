@@ -43,6 +43,7 @@ CARDS = {  # what -> its flags; each on the whole GPU, and with the micro-batch 
 }
 FLOPS, STARTING = 3.5e14, 90  # a second, and seconds beyond those of training: what a run is expected to take
 WHOLE, CAPPED = "--batch_size 64", "--batch_size auto --memory_gib 22"
+PLACES = {WHOLE: "the whole GPU", CAPPED: "22 GiB of it", "--batch_size 16 --memory_gib 22": "22 GiB, 16 at a time"}
 
 
 def preset(depth):
@@ -196,7 +197,7 @@ def scale_table(rows):
 def card_table(rows):
     lines = []
     for name in CARDS:
-        for place, words in ((WHOLE, "the whole GPU"), (CAPPED, "22 GiB of it")):
+        for place, words in PLACES.items():
             lines += [[f"`{name}`", words, f"{r['peak_mem_MB']:,}", f"{r['tokens_per_second']:,.0f}",
                        f"{r['val_loss']:.4f}"] for r in rows if card(name, place).is_of(r)]
     return lines and table(["recipe", "on", "MiB", "tokens/s", "loss"], lines)
