@@ -509,4 +509,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measuring.run(main, experiments.RESULTS)

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ RESULTS = HERE / "experiments.jsonl"
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tools")]
 import measuring  # noqa: E402
 from measuring import Run, last_of, table  # noqa: E402
+from shards import Parser, require  # noqa: E402
 
 KINDS = ("speed", "kernels", "loss", "seconds")
 RUNS = ("loss", "seconds")  # kinds that train
@@ -462,8 +464,12 @@ def speed_records(part):
             "gpu", "torch")
     rows = [{"arm": arm, **{key: record[key] for key in kept}, "flags": part.flags(arm)}
             for arm, record in found.items()]
-    return rows + [dict(arm=arm, flags=part.flags(arm), failed=words, script_sha256=measuring.source(), **gpu)
-                   for arm, words in failed.items()]
+    rows += [dict(arm=arm, flags=part.flags(arm), failed=words, script_sha256=measuring.source(), **gpu)
+             for arm, words in failed.items()]
+    for row in rows:
+        if own := measuring.extended_by(row["flags"]):  # tools/bench.py's hash is of the program alone
+            row["script_sha256"] = measuring.source(*own)
+    return rows
 
 
 def text_of(part, arm):
@@ -472,22 +478,33 @@ def text_of(part, arm):
 
 
 def kernel_records(asked):
-    """[(records of the arms, why there are none of the others)] of parts of kernels, by one process of op_times.py,
-    which says what a part gave before it begins the next. An operation without room is recorded as such."""
-    command = [sys.executable, HERE / "op_times.py", *(json.dumps([*part.arms.values()]) for part in asked)]
-    done, found = subprocess.run(command, capture_output=True, text=True), []
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    for part in asked:
-        its, lines = lines[: len(part.arms)], lines[len(part.arms) :]
-        wrong = [row["error"] for row in its if "error" in row]
-        wrong += [last_line(done.stderr)] * (len(its) < len(part.arms))
-        found.append(([dict(arm=arm, flags="", script_sha256=measuring.source(), **row)
-                       for arm, row in zip(part.arms, its) if "error" not in row], "; ".join(wrong)))
-    return found
+    """(records of the arms, why there are none of the others) of each of these parts of kernels, as soon as op_times.py
+    has said what it gave. An operation without room is recorded as such. If the process dies, another one measures the
+    parts behind the one in which it did."""
+    waiting = list(asked)
+    while waiting:
+        command = [sys.executable, HERE / "op_times.py", *(json.dumps([*part.arms.values()]) for part in waiting)]
+        with (tempfile.TemporaryFile("w+") as stderr,
+              subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process):
+            lines, whole = (line for line in process.stdout if line[0] == "{" and line[-1] == "\n"), True
+            try:
+                while waiting and whole:
+                    part = waiting.pop(0)
+                    its = [json.loads(line) for line in islice(lines, len(part.arms))]
+                    wrong, whole = [row["error"] for row in its if "error" in row], len(its) == len(part.arms)
+                    if not whole:
+                        process.wait()
+                        stderr.seek(0)
+                        wrong.append(last_line(stderr.read()))
+                    yield [dict(arm=arm, flags="", script_sha256=measuring.source(), **row)
+                           for arm, row in zip(part.arms, its) if "error" not in row], "; ".join(wrong)
+            except BaseException:
+                process.kill()
+                raise
 
 
 def run_parts(names, kinds, end):
-    """Measure the parts that train nothing and are not there; how many failed. All of kernels are one process."""
+    """Measure the parts that train nothing and are not there; how many failed. Those of kernels share a process."""
     gpu, failures = measuring.gpu_name(), 0
 
     def missing(kind):
@@ -523,9 +540,8 @@ def run_parts(names, kinds, end):
         if fits(name, title, seconds + more):
             together.append((name, title, part))
             seconds += more
-    if together:
-        for place, its in zip(together, kernel_records([part for *_, part in together])):
-            failures += keep(*place, *its)
+    for its, place in zip(kernel_records([part for *_, part in together]), together):
+        failures += keep(*place, *its)
     return failures
 
 
@@ -801,7 +817,7 @@ def write():
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser("experiments.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--plan", action="store_true", help="print what each part is expected to take, and stop")
     parser.add_argument("--table", action="store_true", help="print what experiments.jsonl says, and stop")
     parser.add_argument("--write", action="store_true", help="write it into the documents, and stop")
@@ -820,22 +836,26 @@ def main(argv=None):
     """The exit code: 1 if something failed."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--script"]:
-        if not argv[1:] or not Path(argv[1]).is_file():
-            print("error: --script takes the program of an experiment, such as docs/24-mamba-2/mamba.py, and its flags",
-                  file=sys.stderr)
-            return 2
-        os.execv(sys.executable, [sys.executable, *argv[1:]])
+        path = next((place / name for name in argv[1:2] for place in (Path(), ROOT) if (place / name).is_file()), None)
+        require(path and path.suffix == ".py", "--script takes the program of an experiment, such as "
+                "docs/24-mamba-2/mamba.py, and its flags")
+        os.execv(sys.executable, [sys.executable, path, *argv[2:]])
     begun, args = time.monotonic(), make_parser().parse_args(argv)
+    measuring.check_flags(args)
     names, failed = args.only or list(EXPERIMENTS), 0
     if args.plan:
         print_plan(names, args.kind, args.seeds)
         return 0
     if not args.table and not args.write:
+        measuring.gpu_name()
+        measuring.check_place(RESULTS, RESULTS, remedy="see to its permissions")
+        kinds = [kind for kind in RUNS if kind in (args.kind or RUNS)]
+        if kinds and parts(names, kinds):
+            measuring.check_shards(args)
         try:
             failed = run_parts(names, args.kind, begun + args.budget_s)
-            for kind in RUNS:
-                if not args.kind or kind in args.kind:
-                    failed += run_losses(names, kind, args, begun)
+            for kind in kinds:
+                failed += run_losses(names, kind, args, begun)
         finally:
             write()
     if args.write:

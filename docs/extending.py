@@ -11,7 +11,6 @@ At the end stands what the experiments with a trained network share, whatever th
 import contextlib
 import functools
 import importlib.util
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import measuring
 import torch._functorch.config
 
 ROOT = Path(__file__).resolve().parent.parent
+INTERRUPTED = 130  # the script's exit code of Ctrl-C before it trained
 MODULE = "train_gpt2_mod"  # under this name tools/bench.py loads what its --script names
 sys.path.insert(0, str(ROOT))
 if getattr(sys.modules.get(MODULE), "IS_PROGRAM", False):
@@ -140,7 +140,7 @@ def main(argv, program, modules=(), cache=lambda own: own):
     try:
         return run_other(argv[0], argv[1:], program, modules, cache)
     except (ValueError, OSError) as e:  # of hf.py, which leaves them to its own last lines
-        print(f"error: {script.first_line(e)}", file=sys.stderr)
+        print(f"error: {measuring.in_a_line(e)}", file=sys.stderr)
         return 2
 
 
@@ -172,19 +172,11 @@ def parse_experiment(parser, argv, counts):
     for name, (_, least, most, _) in counts.items():
         value = getattr(args, name)
         script.require(least <= value <= most, f"{name}={value} must be from {least} to {most}")
-    try:
-        there = measuring.read(args.results)
-    except ValueError as e:
-        raise script.DataError(f"results={args.results} holds a line that is no record ({script.first_line(e)}); mend "
-                               "it, or name another") from e
+    there = measuring.read(args.results)
     script.require(there or not args.table, f"results={args.results} holds nothing: not measured yet")
-    for name in ("output_dir", "results") if not args.table else ():
-        path = getattr(args, name).absolute()
-        place = next(there for there in (path, *path.parents) if there.exists())  # itself, or where it is made
-        right = place.is_dir() or name == "results" and place == path
-        script.require(right and os.access(place, os.W_OK), f"{name}={getattr(args, name)} cannot be written ({place} "
-                       "is not writable here); name another")
     if not args.table:
+        measuring.check_place(f"output_dir={args.output_dir}", args.output_dir, folder=True)
+        measuring.check_place(f"results={args.results}", args.results)
         args.results.parent.mkdir(parents=True, exist_ok=True)
     return args, argv[end + 1 :]
 
@@ -195,13 +187,14 @@ def experiment(main):
     def program(argv=None):
         words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
         try:
-            return measuring.to_a_reader(lambda: main(words) or 0)
+            with measuring.ended_as_by_ctrl_c():
+                return measuring.to_a_reader(lambda: main(words) or 0)
         except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError among them
-            print(f"error: {script.first_line(e)}", file=sys.stderr)
+            print(f"error: {measuring.in_a_line(e)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted; the same command goes on", file=sys.stderr)
-            return 130
+            return INTERRUPTED
 
     return program
 
@@ -236,6 +229,14 @@ def check_training(flags, world, vocab_size, path=None, content=None, flag="--ch
         raise script.ConfigError(str(e).replace("--init_from", flag)) from e
     script.attention_kernel(config, run, world)
     return config, run
+
+
+def train(flags):
+    """The script's main(). A run that was stopped ends with a line of its --resume, which an experiment has not."""
+    code = script.main(flags)
+    if code in (measuring.STOPPED, INTERRUPTED):
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+    return code
 
 
 def device_name(device):

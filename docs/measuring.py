@@ -21,6 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path += [str(ROOT), str(ROOT / "data")]
+from shards import DataError, require  # noqa: E402
+
 SCRIPT = ROOT / "train_gpt2_mod.py"
 MARGIN = 1.1  # on the seconds that a run is expected to take
 KEPT = "--save_checkpoints --save_every_minutes 3 --keep_last 1 --resume auto".split()  # of a folder that is kept
@@ -28,21 +31,45 @@ STOPPED = 75  # the script's exit code when a signal ended it
 
 
 def read(path):
-    """The records of a file of results, none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records of a file of results, none where there is no file. Raises DataError for a line that is none, as the
+    last one is after a kill in the midst of it."""
+    records = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else [], 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        require(isinstance(record, dict), f"{path} has no whole record in line {number}; delete that line, and the "
+                "same command measures it again")
+        records.append(record)
+    return records
 
 
 def append(path, *records):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    """At once, and behind a whole line, whatever the file ends with."""
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        end = b"\n" if file.read() not in (b"", b"\n") else b""
+        file.write(end + "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def check_place(what, path, folder=False, remedy="name another"):
+    """Raise DataError unless a file, or a folder, can be written, or made where it is not there yet. It is tried:
+    permissions do not say it, for the superuser has those of /proc too."""
+    place = path = Path(path).absolute()
+    try:
+        place = next(there for there in (path, *path.parents) if there.exists())
+        (open(path, "ab") if place == path and not folder else tempfile.TemporaryFile(dir=place)).close()
+    except OSError as e:
+        raise DataError(f"{what} cannot be written ({place} is not writable here); {remedy}") from e
 
 
 def gpu_name():
-    """That of the GPU at hand; without one the program ends here."""
+    """That of the GPU at hand. Raises DataError without one."""
     import torch
 
-    if not torch.cuda.is_available():
-        sys.exit("error: no CUDA device, and these figures are a GPU's; --table prints those that are there")
+    require(torch.cuda.is_available(), "no CUDA device, and these figures are a GPU's; --table prints those that are "
+            "there")
     return torch.cuda.get_device_name()
 
 
@@ -85,9 +112,15 @@ def last_of(flags):
     return {flag: "no" if no else value for no, flag, value in typed}
 
 
-def source():
-    """The SHA-256 of the script and its kernel."""
-    files = ("train_gpt2_mod.py", "fused_softmax.py")
+def extended_by(flags):
+    """The files that, with the script's, are the network of a run with these flags."""
+    program = last_of(flags).get("script")
+    return [program, "docs/extending.py"] if program else []
+
+
+def source(*files):
+    """The SHA-256 of the script and its kernel, and of files that extend it."""
+    files = ("train_gpt2_mod.py", "fused_softmax.py", *files)
     return hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
 
 
@@ -118,19 +151,32 @@ def measure(run, seed, data, device, beside, sharing, processes=1, keep=None, pr
     """Run the script once, or another program that takes its flags, on one GPU by its number (None: the first) or in
     several processes, beside so many others, of which so many share that GPU; its record without the GPU's name."""
     environment = {**os.environ, **({} if device is None else dict(CUDA_VISIBLE_DEVICES=device))}
-    before, begin = source(), time.perf_counter()
+    own = [] if program in (None, SCRIPT) else [program]
+    before, begin = source(*(extended_by(run.flags) or own)), time.perf_counter()
     with folder_of(run, seed, keep) as (logs, kept):
         command = [*torchrun(processes), program or SCRIPT, *run.flags.split(), "--seed", str(seed), *data,
                    "--output_dir", logs, *kept]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
+        code, out, err = ended(command, env=environment)
+        if code:
+            raise subprocess.CalledProcessError(code, command, stderr=err)
         records = [json.loads(line) for line in newest(Path(logs)).read_text().splitlines()]
     found = dict(**run._asdict(), seed=seed, **figures(records), wall_s=time.perf_counter() - begin, beside=beside,
                  sharing=sharing)
-    said = re.search(r"^data: (.*)$", done.stdout, re.M)
+    said = re.search(r"^data: (.*)$", out, re.M)
     found |= dict(data=said and said[1], script_sha256=before)
     return found | dict(processes=processes) if processes > 1 else found
+
+
+def ended(command, **how):
+    """(exit code, stdout, stderr) of a program, which an interruption of this one lets end in good order."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            process.terminate()
+            process.communicate()
+            raise
+    return process.returncode, out, err
 
 
 def figures(records):
@@ -221,10 +267,31 @@ def to_a_reader(main):
         return 128 + signal.SIGPIPE
 
 
-def run(main, results):
-    """Run a measuring program's main() to its exit code."""
+@contextlib.contextmanager
+def ended_as_by_ctrl_c():
+    """SIGTERM, as of timeout, is a KeyboardInterrupt: no process that was started goes on, and all is closed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        sys.exit(to_a_reader(main))
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def in_a_line(error):
+    """What can be mended."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename} cannot be used ({error.strerror}); mend it, or name another"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run(main, results):
+    """Run a measuring program's main() to its exit code; what can be mended is one line on stderr."""
+    try:
+        with ended_as_by_ctrl_c():
+            sys.exit(to_a_reader(main))
+    except (DataError, OSError) as error:
+        print(f"error: {in_a_line(error)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f"interrupted: {results.name} holds what was measured before")
 
@@ -240,14 +307,37 @@ def add_flags(parser, plotted, seeds_of, seeds):
     parser.add_argument("--input_val_bin", help="validation shards")
 
 
+def check_flags(args):
+    """Raise DataError where numbers leave nothing to do."""
+    for name in ("seeds", "parallel"):
+        value = getattr(args, name, None)
+        require(value is None or value >= 1, f"{name}={value} must be at least 1")
+    require(args.budget_s >= 0, f"budget_s={args.budget_s:g} must be at least 0")
+
+
+def check_shards(args):
+    """Raise DataError for shards that the script will not take."""
+    import train_gpt2_mod as script
+
+    for name in ("input_bin", "input_val_bin"):
+        try:
+            script.TokenShards(getattr(args, name) or getattr(script.TrainConfig, name))
+        except script.DataError as e:
+            raise DataError(f"--{name}: {e}") from e
+
+
 def run_what_is_missing(tasks, path, args, begun, retimed=(), expected=expected_seconds, **how):
     """Run those tasks of which this GPU has no record; of the kinds `retimed` one of a shared GPU is none. How many
     failed."""
+    check_flags(args)
+    check_place(path, path, remedy="see to its permissions")
     gpu = gpu_name()
     data = [word for name in ("input_bin", "input_val_bin") if getattr(args, name)
             for word in (f"--{name}", getattr(args, name))]
     done = [r for r in read(path) if r["gpu"] == gpu and not (r["kind"] in retimed and r["sharing"])]
     missing = [(run, seed) for run, seed in tasks if not any(run.is_of(r) and r["seed"] == seed for r in done)]
+    if missing:
+        check_shards(args)
     return run_all(missing, path, devices_of(args.parallel), begun + args.budget_s, data, expected, **how)
 
 
@@ -321,11 +411,11 @@ class Blocks:
 
 
 def student():
-    """scipy's t distribution; without scipy the program ends here."""
+    """scipy's t distribution. Raises DataError without scipy."""
     try:
         from scipy.stats import t
-    except ImportError:
-        sys.exit("error: the tables need the package scipy; pip install -r requirements-tools.txt")
+    except ImportError as e:
+        raise DataError("the tables need the package scipy; pip install -r requirements-tools.txt") from e
     return t
 
 

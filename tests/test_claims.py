@@ -1,12 +1,19 @@
 """docs/experiments.py and docs/claims.py: the generated documents are those of the data, every command in them
 resolves, made-up records get the verdicts that they should, and what is run, with stand-ins for the programs."""
+import contextlib
+import hashlib
 import importlib.util
+import io
 import json
 import math
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt2_mod as script
-from helpers import all_fields
+from helpers import all_fields, write_shard
 from test_moe import program, registered
 
 ROOT = Path(script.__file__).resolve().parent
@@ -349,6 +356,7 @@ def bench(monkeypatch, tmp_path):
     """A GPU, its file of results, and stand-ins for the two programs: what they were asked is in .asked."""
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "found.jsonl")
     monkeypatch.setattr(measuring, "gpu_name", lambda: GPU)
+    monkeypatch.setattr(measuring, "check_shards", lambda args: None)
     monkeypatch.setattr(experiments, "write", lambda: None)
     asked = []
 
@@ -369,14 +377,30 @@ def bench(monkeypatch, tmp_path):
             return types_done(0, "")
         rows = [dict(operation=operation, settings=settings, gpu=GPU, torch="2", ms=1.0, windows_ms=[1.0], peak_MiB=1)
                 for group in words[2:] for operation, settings in json.loads(group)]
-        return types_done(0, "", "\n".join(map(json.dumps, rows)))
+        return types_done(0, "", "".join(json.dumps(row) + "\n" for row in rows))
 
     monkeypatch.setattr(experiments.subprocess, "run", run)
+    monkeypatch.setattr(experiments.subprocess, "Popen", process(run))
     return asked
 
 
 def types_done(code, stderr, stdout=""):
     return experiments.subprocess.CompletedProcess([], code, stdout, stderr)
+
+
+def process(run):
+    """subprocess.Popen of a program that run(command) stands in for."""
+    class Process(contextlib.nullcontext):
+        def __init__(self, command, stdout, stderr, text):
+            super().__init__(self)
+            done = run(command)
+            self.stdout = io.StringIO(done.stdout)
+            stderr.write(done.stderr)
+
+        def wait(self):
+            pass
+
+    return Process
 
 
 def test_nothing_is_measured_twice(bench, capsys):
@@ -432,7 +456,7 @@ def test_runs_of_the_same_flags_are_one_run_and_the_annealed_one_has_its_program
 
 
 def answer(rows, code=0, stderr=""):
-    return lambda command, **how: types_done(code, stderr, "\n".join(map(json.dumps, rows)))
+    return process(lambda command: types_done(code, stderr, "".join(json.dumps(row) + "\n" for row in rows)))
 
 
 def test_an_operation_that_fails_costs_the_others_nothing(bench, monkeypatch, capsys):
@@ -443,18 +467,99 @@ def test_an_operation_that_fails_costs_the_others_nothing(bench, monkeypatch, ca
     rows = [dict(good, operation=operation, settings=settings) for operation, settings in every]
     rows[1] = dict(operation=every[1][0], settings=every[1][1], gpu=GPU, torch="2", failed="no room")
     rows[2] = dict(operation=every[2][0], settings=every[2][1], gpu=GPU, torch="2", error="RuntimeError: broken")
-    monkeypatch.setattr(experiments.subprocess, "run", answer(rows))
+    monkeypatch.setattr(experiments.subprocess, "Popen", answer(rows))
     assert experiments.main(["--only", "rmsnorm", "--kind", "kernels"]) == 1
     found = [(r["part"], r["arm"], r.get("failed")) for r in measuring.read(experiments.RESULTS)]
     assert found == [("alone", "layernorm", None), ("alone", "rmsnorm", "no room"), ("alone, eager", "rmsnorm", None)]
     assert "failed: rmsnorm: alone, eager: RuntimeError: broken" in capsys.readouterr().out
-    monkeypatch.setattr(experiments.subprocess, "run", answer([], 1, "Traceback\nkilled"))
+    monkeypatch.setattr(experiments.subprocess, "Popen", answer([], 1, "Traceback\nkilled"))
     assert experiments.main(["--only", "rmsnorm", "--kind", "kernels"]) == 1
     assert "failed: rmsnorm: alone, eager: killed" in capsys.readouterr().out
-    monkeypatch.setattr(experiments.subprocess, "run", answer(rows[:2], 1, "dead"))
+    monkeypatch.setattr(experiments.subprocess, "Popen", answer(rows[:2], 1, "dead"))
     experiments.RESULTS.unlink()
     assert experiments.main(["--only", "rmsnorm", "--kind", "kernels"]) == 1
     assert {r["part"] for r in measuring.read(experiments.RESULTS)} == {"alone"}
+
+
+STAND_IN = '''
+import json, os, pathlib, sys, time
+here, done = pathlib.Path(__file__).parent, 0
+for group in map(json.loads, sys.argv[1:]):
+    for operation, settings in group:
+        what, _, after = (here / "then").read_text().partition(" after ")
+        if after and done >= int(after):
+            (here / "pid").write_text(str(os.getpid()))
+            (here / "then").write_text("")
+            print('{"operation": "cut sh', end="", flush=True)
+            print("Traceback\\nCUDA error", file=sys.stderr)
+            os._exit(1) if what == "die" else time.sleep(100)
+        row = dict(operation=operation, settings=settings, gpu="A GPU", torch="2", ms=1.0, windows_ms=[1.0], peak_MiB=1)
+        print(json.dumps(row), flush=True)
+        done += 1
+'''
+
+
+@pytest.fixture
+def operations(monkeypatch, tmp_path):
+    """A process in the place of op_times.py's, which may be told what to do after so many of its lines."""
+    (tmp_path / "op_times.py").write_text(STAND_IN)
+    for name, value in (("HERE", tmp_path), ("RESULTS", tmp_path / "found.jsonl"), ("write", lambda: None)):
+        monkeypatch.setattr(experiments, name, value)
+    monkeypatch.setattr(measuring, "gpu_name", lambda: GPU)
+
+    def measured(then=""):
+        (tmp_path / "then").write_text(then)
+        code = experiments.main(["--only", "flash-attention", "--kind", "kernels"])
+        return code, [row["part"] for row in measuring.read(experiments.RESULTS)]
+
+    return measured
+
+
+@contextlib.contextmanager
+def interrupted_when_there(path, number):
+    """This process has a signal as soon as there is that file."""
+    def interrupt():
+        while not path.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest's workers may ignore it
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_loses_no_group_of_operations(operations, tmp_path, capsys, number):
+    """In the second of six groups; the process is ended too, and the next call measures the other five."""
+    with pytest.raises(SystemExit, match="interrupted: found.jsonl holds what was measured before"):
+        with interrupted_when_there(tmp_path / "pid", number):
+            measuring.run(lambda: operations("wait after 3"), experiments.RESULTS)
+    assert [row["part"] for row in measuring.read(experiments.RESULTS)] == ["alone, T=256"] * 2
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    rest = [f"alone, T={T}" for T in (512, 1024, 2048, 4096, 8192) for _ in range(2)]
+    assert operations() == (0, ["alone, T=256"] * 2 + rest)
+
+
+def test_a_run_that_is_interrupted_may_end_in_good_order(tmp_path):
+    """As the script does, which saves."""
+    program = ("import pathlib, signal, sys, time; here = pathlib.Path(sys.argv[1])\n"
+               "def end(*_):\n    time.sleep(0.5)\n    (here / 'saved').touch()\n    sys.exit(75)\n"
+               "signal.signal(signal.SIGTERM, end); (here / 'there').touch(); time.sleep(100)")
+    with pytest.raises(KeyboardInterrupt), interrupted_when_there(tmp_path / "there", signal.SIGINT):
+        measuring.ended([sys.executable, "-c", program, tmp_path])
+    assert (tmp_path / "saved").exists()
+    assert measuring.ended([sys.executable, "-c", "print(1); import sys; sys.exit('no')"]) == (1, "1\n", "no\n")
+
+
+def test_a_process_that_dies_costs_one_group_of_operations(operations, capsys):
+    code, found = operations("die after 2")
+    assert code == 1 and found == [f"alone, T={T}" for T in (256, 1024, 2048, 4096, 8192) for _ in range(2)]
+    assert "failed: flash-attention: alone, T=512: CUDA error\n" in capsys.readouterr().out
+    assert operations()[1][-2:] == ["alone, T=512"] * 2
 
 
 def test_the_budget_takes_as_many_operations_as_end_in_it(bench, capsys):
@@ -510,8 +615,85 @@ def test_without_a_gpu_it_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path / "none.jsonl")
     monkeypatch.setattr(experiments, "write", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="error: no CUDA device"):
+    with pytest.raises(ValueError, match="no CUDA device"):
         experiments.main(["--only", "gqa"])
+    assert not experiments.RESULTS.exists()
+
+
+WHOLE, CUT = '{"gpu": "A GPU", "kind": "loss"}\n', '{"gpu": "A GPU", "ki'
+
+
+@pytest.mark.parametrize("words, said", [
+    ("ONE --seeds 0", "seeds=0 must be at least 1"), ("--plan --seeds -1", "seeds=-1 must be at least 1"),
+    ("ONE --parallel 0", "parallel=0 must be at least 1"), ("ONE --budget_s -5", "budget_s=-5 must be at least 0"),
+    ("ONE --budget_s nan", "budget_s=nan must be at least 0"), ("--tabel", "unrecognized arguments: --tabel; "),
+    ("--only gqaa", "argument --only: invalid choice: 'gqaa'"), ("--seeds x", "argument --seeds: invalid int value"),
+    ("ONE --input_bin nothing*", "--input_bin: no file matches 'nothing*'"),
+    ("ONE --input_bin SHARD --input_val_bin nothing*", "--input_val_bin: no file matches 'nothing*'"),
+    ("--script", "--script takes the program of an experiment"),
+    ("--script README.md --model d12", "--script takes the program of an experiment"),
+    *((words + " CUT", "found.jsonl has no whole record in line 2; delete that line") for words in (
+        "--table", "--plan", "--kind kernels --only rmsnorm", "ONE --input_bin SHARD --input_val_bin SHARD")),
+])
+def test_what_cannot_be_is_one_line_and_loses_nothing(monkeypatch, tmp_path, capsys, words, said):
+    """Where there is a GPU."""
+    monkeypatch.setattr(experiments, "write", lambda: None)
+    monkeypatch.setattr(measuring, "gpu_name", lambda: GPU)
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "found.jsonl")
+    content = WHOLE + CUT * words.endswith(" CUT")
+    experiments.RESULTS.write_text(content)
+    shard = write_shard(tmp_path / "shard.bin", [1] * 300)
+    words = words.removesuffix(" CUT").replace("SHARD", str(shard)).replace("ONE", "--only rmsnorm --kind loss").split()
+    with pytest.raises(SystemExit) as end:
+        measuring.run(lambda: experiments.main(words), experiments.RESULTS)
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
+    assert experiments.RESULTS.read_text() == content
+
+
+def test_a_file_of_results_that_cannot_be_written_is_found_before_anything_is_measured(bench, monkeypatch, capsys):
+    for path in ("/proc/found.jsonl", "/proc"):
+        monkeypatch.setattr(experiments, "RESULTS", Path(path))
+        with pytest.raises(SystemExit) as end:
+            measuring.run(lambda: experiments.main(["--only", "rmsnorm", "--kind", "kernels"]), experiments.RESULTS)
+        said = f"error: {path} cannot be written (/proc is not writable here); see to its permissions\n"
+        assert end.value.code == 2 and capsys.readouterr().err == said
+    assert not bench
+
+
+def test_a_record_begins_on_a_line_of_its_own(tmp_path):
+    """Whatever an editor has left of the line before."""
+    path = tmp_path / "found.jsonl"
+    for i in range(2):
+        measuring.append(path, dict(a=i), dict(b=i))
+    assert path.read_text() == '{"a": 0}\n{"b": 0}\n{"a": 1}\n{"b": 1}\n'
+    path.write_text('{"a": 0}')
+    measuring.append(path, dict(b=1))
+    assert measuring.read(path) == [dict(a=0), dict(b=1)]
+
+
+def test_a_record_is_of_the_program_that_has_its_network(bench, monkeypatch, tmp_path):
+    """Its hash tells a changed one; those of the script's own networks are of the script alone, as they were."""
+    names = ["train_gpt2_mod.py", "fused_softmax.py", "docs/23-mixture-of-experts/moe.py", "docs/extending.py"]
+    for i, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(str(i))
+    monkeypatch.setattr(measuring, "ROOT", tmp_path)
+    plain, own = (hashlib.sha256(text).hexdigest() for text in (b"01", b"0123"))
+    monkeypatch.setattr(measuring, "ended", lambda command, env: (0, "", ""))
+    monkeypatch.setattr(measuring, "newest", lambda logs: tmp_path / names[0])
+    monkeypatch.setattr(measuring, "figures", lambda records: {})
+
+    def hash_of(name, title, arm, program=measuring.SCRIPT):
+        run = experiments.run_of(name, part_of(name, title), arm)
+        return measuring.measure(run, 1, [], None, 0, 0, program=program)["script_sha256"]
+
+    name, title, runner = "mixture-of-experts", "equal tokens", experiments.OWN_PROGRAMS["script"]
+    assert (hash_of(name, title, "d12"), hash_of(name, title, "d12_moe", runner)) == (plain, own)
+    assert hash_of("mtp", "loss", "k=2, annealed", tmp_path / names[2]) == hashlib.sha256(b"012").hexdigest()
+    assert experiments.main(["--only", name, "--kind", "speed"]) == 0
+    found = {(row["arm"], row["script_sha256"]) for row in measuring.read(experiments.RESULTS)}
+    assert found == {("d12", "f" * 64), ("d12_moe", own)}
 
 
 def test_the_bench_takes_the_command_lines(monkeypatch):

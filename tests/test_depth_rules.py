@@ -148,6 +148,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(rules.measuring, "SCRIPT", tmp_path / "script.py")
     monkeypatch.setattr(rules, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(rules.measuring, "gpu_name", lambda: "A GPU")
+    monkeypatch.setattr(rules.measuring, "check_shards", lambda args: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 

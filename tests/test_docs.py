@@ -215,6 +215,6 @@ def test_measuring_leaves_other_gpus_rows_alone(tmp_path, monkeypatch, capsys):
 def test_measuring_without_a_gpu_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "none.jsonl")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="error: no CUDA device"):
+    with pytest.raises(ValueError, match="no CUDA device"):
         measure.main([])
     assert not measure.RESULTS.exists()

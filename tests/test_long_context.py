@@ -1,4 +1,5 @@
 """docs/25-long-context: frequencies against transformers', windows and losses against loops, needles, whole runs."""
+import hashlib
 import json
 import math
 import sys
@@ -325,7 +326,9 @@ def test_what_is_measured_is_kept_and_what_is_missing_is_made_again(trained, cap
     assert [(r["kind"], r["method"], r["tested"], r["steps"]) for r in records] == [
         (kind, method, tested, steps) for steps in (0, 2) for method in ("none", "yarn", "window")
         for kind, tested in (("loss", 128), ("needle", 64), ("needle", 128))]
-    assert all(r["gpu"] == "cpu" and r["seed"] == 1337 and r["script_sha256"] for r in records)
+    files = ("train_gpt2_mod.py", "fused_softmax.py", "docs/25-long-context/long_context.py", "docs/extending.py")
+    sha256 = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in files)).hexdigest()
+    assert all((r["gpu"], r["seed"], r["script_sha256"]) == ("cpu", 1337, sha256) for r in records)
     assert not any(str(trained.folder.parent) in line for line in lines)  # no paths of a machine
 
     model, val = script.GPT(config_of(vocab_size=VOCABULARY, n_head=2)), script.TokenShards(str(trained.data / "val_*"))
@@ -359,6 +362,12 @@ def test_what_is_measured_is_kept_and_what_is_missing_is_made_again(trained, cap
     mean = np.mean(losses["yarn", 2], 0)
     assert rows[4][:2] == ["| `yarn`", "2"] and rows[4][2].startswith(f"{mean[0]:.3f} ±")
     assert rows[2][-2] == "-" and any(word in rows[1][-2] for word in ("better", "worse", "not distinguishable"))
+
+
+def test_a_training_that_is_stopped_says_how_it_goes_on(trained, monkeypatch):
+    monkeypatch.setattr(script, "main", lambda argv: script.Stopped.exit_code)
+    code, _, err = trained.measured("--methods", "yarn", "--trials", 1)
+    assert (code, err) == (75, "stopped; the same command goes on where it was\n")  # behind the script's line
 
 
 def test_the_loser_is_called_worse():

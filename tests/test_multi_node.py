@@ -453,6 +453,7 @@ def test_what_is_missing_is_measured_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measure.measuring, "SCRIPT", tmp_path / "script.py")
     monkeypatch.setattr(measure, "RESULTS", tmp_path / "results.jsonl")
     monkeypatch.setattr(measure.measuring, "gpu_name", lambda: "A GPU")
+    monkeypatch.setattr(measure.measuring, "check_shards", lambda args: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert measure.main(["--input_bin", "x*.bin"]) == 2 and "1 GPU, and these" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

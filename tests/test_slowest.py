@@ -163,7 +163,7 @@ def test_tables_of_results(monkeypatch, tmp_path, capsys):
 
 def test_without_a_gpu_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no CUDA device"):
+    with pytest.raises(ValueError, match="no CUDA device"):
         slowest.main([])
 
 

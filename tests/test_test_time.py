@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -449,7 +450,7 @@ def test_the_verifier_learned_from_samples_of_no_test_problem(measured):
     assert 0.4 < np.mean([document.endswith("y") for document in documents]) < 0.8
 
 
-def test_a_run_goes_on_where_it_stopped_and_ends_the_same(measured, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_stopped_and_ends_the_same(measured, tmp_path, monkeypatch, capsys):
     """What is measured is not measured again; what is lost is made again as it was, the rest is left as it is."""
     folder = tmp_path / "copy"
     shutil.copytree(measured, folder)
@@ -468,6 +469,7 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(measured, tmp_path, mo
     with pytest.raises(SystemExit) as end:  # as when a signal stopped the second training
         program.main(flags(folder))
     assert end.value.code == 75 and len(starts) == 1 and "--init_from" in starts[0]
+    assert capsys.readouterr().err == "stopped; the same command goes on where it was\n"  # behind the script's line
     monkeypatch.setattr(program.script, "main", train)
     assert program.main(flags(folder)) == 0 and (folder / "found.jsonl").read_text() == before
 
@@ -487,6 +489,9 @@ def test_a_run_goes_on_where_it_stopped_and_ends_the_same(measured, tmp_path, mo
      "not exceed num_iterations=50; shorten them or train longer"),
     ("--digits x", "argument --digits: invalid int value: 'x'; --help lists the flags"),
     ("--results /dev/null/x", "results=/dev/null/x cannot be written (/dev/null is not writable here); name another"),
+    ("--output_dir /proc", "output_dir=/proc cannot be written (/proc is not writable here); name another"),
+    ("--results /proc/x/y", "results=/proc/x/y cannot be written (/proc is not writable here); name another"),
+    ("--results /proc", "/proc cannot be used (Is a directory); mend it, or name another"),
     ("--output_dir /dev/null/x", "output_dir=/dev/null/x cannot be written (/dev/null is not writable here); name "
      "another"),
     ("-- --init_std 0.1", "the verifier's training, of --verifier_steps: init_std would be ignored: the weights come "
@@ -549,6 +554,31 @@ def test_who_reads_no_further_gets_no_traceback(measured):
         done = subprocess.run([sys.executable, PROGRAM, "--table", "--results", measured / "found.jsonl"], stdout=closed,
                               stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_job_that_is_ended_says_how_it_goes_on(monkeypatch, tmp_path, capsys):
+    """Between the trainings, where the script has no hand on the signal."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(program.Study, "run", lambda self, results: signal.raise_signal(signal.SIGTERM))
+    assert program.main(flags(tmp_path)) == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_a_kill_cut_short_is_refused_and_stays(measured, tmp_path, capsys):
+    whole = (measured / "found.jsonl").read_text()
+    (tmp_path / "found.jsonl").write_text(whole[:-100])
+    for more in ([], ["--table"]):
+        assert program.main([*more, *flags(tmp_path)]) == 2
+        said = f"error: {tmp_path}/found.jsonl has no whole record in line 3; delete that line, and the same command "
+        assert capsys.readouterr().err == said + "measures it again\n"
+    assert (tmp_path / "found.jsonl").read_text() == whole[:-100] and not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "seed1").mkdir(parents=True)
+    (tmp_path / "runs" / "seed1" / "settings.json").write_text("{")
+    (tmp_path / "found.jsonl").unlink()
+    assert program.main(flags(tmp_path)) == 2
+    said = f"error: {tmp_path}/runs/seed1/settings.json is damaged; name another --output_dir\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_folder_of_other_settings_is_refused(measured, tmp_path, capsys):

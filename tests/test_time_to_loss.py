@@ -211,7 +211,7 @@ def test_of_runs_that_are_alike_five_in_a_hundred_are_told_apart():
 
 def test_without_scipy_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(SystemExit, match="pip install -r requirements-tools.txt"):
+    with pytest.raises(ValueError, match="pip install -r requirements-tools.txt"):
         fast.measuring.student()
 
 
@@ -265,6 +265,7 @@ def bench(monkeypatch, tmp_path):
     for name, path in (("RESULTS", "results.jsonl"), ("CURVE", "curve.png")):
         monkeypatch.setattr(fast, name, tmp_path / path)
     monkeypatch.setattr(fast.measuring, "gpu_name", lambda: "A GPU")
+    monkeypatch.setattr(fast.measuring, "check_shards", lambda args: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
@@ -411,7 +412,7 @@ def test_each_gpu_has_a_run_of_its_own(bench, monkeypatch, visible, devices):
 def test_without_a_gpu_it_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(fast, "RESULTS", tmp_path / "none.jsonl")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no CUDA device"):
+    with pytest.raises(ValueError, match="no CUDA device"):
         fast.main([])
     with pytest.raises(SystemExit):
         fast.main(["--only", "no_such_rung"])

@@ -388,7 +388,7 @@ class Experiment:
         for task in missing:
             said, found = (self.loss if task["kind"] == "loss" else self.needle)(model, task["tested"])
             here = dict(network=self.path.parent.name, step=self.content.get("step", 0), torch=str(torch.__version__),
-                        script_sha256=measuring.source())
+                        script_sha256=measuring.source(__file__, extending.__file__))
             measuring.append(self.args.results, arm | task | found | trained | here)
             print(f"{method} for {T:,} after {steps} steps: {said}", flush=True)
         return 0
@@ -418,8 +418,8 @@ class Experiment:
         rows = folder / "rows.bin"
         if not rows.exists():
             write_rows(self.train_shards, T, self.args.steps * tokens, rows)
-        code = script.main([*self.flags(method, T), "--init_from", str(self.path), "--input_bin", str(rows),
-                            "--input_val_bin", "", "--output_dir", str(folder), *measuring.KEPT])
+        code = extending.train([*self.flags(method, T), "--init_from", str(self.path), "--input_bin", str(rows),
+                                "--input_val_bin", "", "--output_dir", str(folder), *measuring.KEPT])
         torch.compiler.reset()  # or the graphs of all arms would count as those of one function
         if code:
             return code, None, None

@@ -375,7 +375,10 @@ class Study:
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             script.write_atomically(path, lambda f: f.write(json.dumps(mine).encode()))
-        there = json.loads(path.read_text())
+        try:
+            there = json.loads(path.read_text())
+        except ValueError as e:
+            raise script.DataError(f"{path} is damaged; name another --output_dir") from e
         other = next((name for name, value in self.settings.items() if there.get(name) != value), None)
         require(not other, f"{self.folder} was begun with {other}={there.get(other)!r}; name another --output_dir")
         return there["script_sha256"]
@@ -390,7 +393,7 @@ class Study:
             content = path and script.load_checkpoint(path)
             if content and content["step"] >= content["run"]["num_iterations"]:
                 return path
-            if code := script.main([str(flag) for flag in flags]):
+            if code := extending.train([str(flag) for flag in flags]):
                 sys.exit(code)
 
     def network(self, path):
