@@ -3,14 +3,15 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import settings
+os.environ["OMP_NUM_THREADS"] = "1"  # torch's and numpy's, here and in what is started: a worker has one processor
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
-torch.set_num_threads(1)  # the tests' matrices are small
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
