@@ -54,35 +54,35 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-KERNEL = Path(__file__).with_name("fused_softmax.py")  # of the loss on CUDA
+KERNEL = Path(__file__).with_name("fused_softmax.py")  # the loss in one kernel, for CUDA
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 256 * 4
 GPT2_VOCAB_SIZE = 50257
-HEAD_DIM = 64  # the head size of GPT-2; taken when a width is typed without a number of heads
-HEAD_ROWS_MULTIPLE = 128  # the head's matrix is padded to this many rows: matrix kernels like round shapes
-LOGITS_AT_ONCE, FUSED_LOGITS_AT_ONCE = 2**25, 2**30  # numbers there are of them; the second with one kernel
-FLOAT8_HEADS = ("fp8", "fp8_head")  # precisions
-BYTES = dict(fp32=(4, 4), fp16=(2, 4))  # by precision, of a product's operand, of the stream; else (2, 2)
-FLOAT8_GRADIENT_SCALE = 2.0**15  # of gradients that are at most 1: the format ends at 1.75 times that
+HEAD_DIM = 64  # GPT-2's head size, taken where --n_embd is typed without --n_head
+HEAD_ROWS_MULTIPLE = 128  # the rows of the head's matrix are padded to a multiple of it: kernels like round shapes
+LOGITS_AT_ONCE, FUSED_LOGITS_AT_ONCE = 2**25, 2**30  # most logits in memory at a time; the second with KERNEL
+FLOAT8_HEADS = ("fp8", "fp8_head")  # precisions whose head multiplies in float8
+BYTES = dict(fp32=(4, 4), fp16=(2, 4))  # precision -> bytes of a product's operand, of the stream; others (2, 2)
+FLOAT8_GRADIENT_SCALE = 2.0**15  # for gradients, which are at most 1: float8's e5m2 ends at 1.75 times that
 WIDTH_MULTIPLE, FLOAT8_MULTIPLE = 8, 16  # of a product's three sizes on CUDA: 16 bytes; float8 kernels refuse others
 NORM_EPS = 1e-6
 NAN_POLICIES = ("stop", "skip", "rollback")
 OPTIMIZERS = ("adamw", "muon")
-STARTS = ("init_std", "embd_init_std", "value_init_std", "zero_init")  # flags of the initial weights
-SMEARABLE = ("embedding", "attention", "mlp")
-FIRST_MOMENTUM = 0.85  # of Muon, at step 0, where it has a warm-up
-LARGEST_BATCH = 2**14  # sequences in a micro-batch that --batch_size auto thinks of
-CHECKED_TOKENS = 2**22  # read at once when a shard's ids are checked: 8 MiB
+STARTS = ("init_std", "embd_init_std", "value_init_std", "zero_init")  # the flags of the initial weights
+SMEARABLE = ("embedding", "attention", "mlp")  # what --smear may name
+FIRST_MOMENTUM = 0.85  # Muon's at step 0, with --momentum_warmup_steps
+LARGEST_BATCH = 2**14  # most sequences in a micro-batch that --batch_size auto tries
+CHECKED_TOKENS = 2**22  # read at a time when a shard's ids are checked: 8 MiB
 MOST_ROLLBACKS = 3  # to one checkpoint
-MEMORY_SHARE = 0.9  # of the free memory, which --batch_size auto fills by the plan
+MEMORY_SHARE = 0.9  # of the free memory, that the plan of --batch_size auto may fill
 IGNORED = -1  # a target that counts neither in the loss nor in its mean
-LARGEST = 10**12  # of a whole number anywhere: what is above it is a slip, and would overflow somewhere
-JOINING = datetime.timedelta(minutes=5)  # that the processes have to come together
-PATIENCE = datetime.timedelta(minutes=10)  # that one then waits for another, which may be writing a checkpoint
+LARGEST = 10**12  # whole number that a flag may have: a larger one is a slip, and would overflow somewhere
+JOINING = datetime.timedelta(minutes=5)  # most that the processes wait for each other while they come together
+PATIENCE = datetime.timedelta(minutes=10)  # and from then on: the one that they wait for may be writing a checkpoint
 WANDB_PATIENCE = 60  # seconds that W&B has to start, and to send its last records
-TIMING_WARMUP_STEPS = 10  # left out of step_avg: compilation and the first allocations
-PROFILED_STEPS = 3  # after those
+TIMING_WARMUP_STEPS = 10  # first steps, which compile and allocate, left out of step_avg
+PROFILED_STEPS = 3  # that --profile traces, after those
 UNKNOWN_STEPS = 10**9  # num_iterations while the first steps of --minutes are timed
-FITTED_AT = (2, 5, 10, 20)  # the steps after which: those by which a tenth of the time is over, at the latest the last
+FITTED_AT = (2, 5, 10, 20)  # steps after which fit_to_minutes() looks whether it can tell num_iterations
 FAST_TOKENS_PER_PARAMETER = 1.061  # of blocks and head: d12_fast's 131 M tokens
 
 # Dense bf16 peak in TFLOP/s with fp32 accumulation, from the vendor's data sheets. The first name found in the device's
@@ -93,7 +93,6 @@ GPU_PEAK_TFLOPS = {
     "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090": 71.0, "RTX 3080": 59.5,
 }
 
-
 # torch's kernels of scaled_dot_product_attention that --attention forces
 ATTENTION_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH,
@@ -103,7 +102,7 @@ ATTENTION_KERNELS = {
 class ConfigError(ValueError):
     """The user's flags, environment or machine cannot do what was asked."""
 
-    exit_code, said_by_each = 2, False  # of several processes; else the first says it for all
+    exit_code, said_by_each = 2, False  # said_by_each: each process that has it says it; else the first one for all
 
 
 class FullMemoryError(ConfigError):
@@ -207,79 +206,60 @@ def check_fields(config):
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The network. Resumed or continued from, it stays what it is, but for the fields that rebuild nothing."""
+    """The network. --resume and --init_from keep a checkpoint's, and refuse flags that would make another of it."""
 
     vocab_size: int = option(GPT2_VOCAB_SIZE, "number of token ids (unset: what the shards say)", most=2**24)
     n_layer: int = option(12, "number of blocks", aliases=("n_layers",), most=1000)
-    n_head: int = option(
-        12, "query heads (unset with --n_embd typed: heads of size 64)", aliases=("n_heads",), most=2**16
-    )
-    n_kv_head: int = option(
-        0, "key/value heads, a divisor of n_head; 0: as many as n_head", aliases=("n_kv_heads",), most=2**16
-    )
+    n_head: int = option(12, "query heads (unset with --n_embd typed: of size 64)", aliases=("n_heads",), most=2**16)
+    n_kv_head: int = option(0, "key/value heads, a divisor of n_head; 0: as many", aliases=("n_kv_heads",), most=2**16)
     n_embd: int = option(768, "width of the residual stream", aliases=("d_model",), most=2**20)
-    tie_embeddings: bool = option(True, "give the head a matrix of its own")
+    tie_embeddings: bool = option(True, "give the head a matrix of its own, not the embedding's")
     bias: bool = option(False, "biases in the linear layers of the blocks, and in LayerNorms with weights")
     dropout: float = option(0.0, "share dropped of embeddings, attention weights and blocks' outputs", rebuilds=False)
-    norm: str = option(
-        "rmsnorm", "kind of the norms before each part", choices=("rmsnorm", "layernorm"),
-        switches=dict(use_rmsnorm="rmsnorm"),
-    )
-    norm_weights: bool = option(False, "weights in the norms before each part")
-    norm_eps: float = option(NORM_EPS, "what the norms before each part add to the mean square")
-    post_norm: bool = option(False, "normalise also what attention and MLP add to the residual stream")
-    position: str = option(
-        "rope", "how a token's position is told", choices=("rope", "learned"), switches=dict(use_rope="rope")
-    )
+    norm: str = option("rmsnorm", "kind of the norms before attention, MLP and head", choices=("rmsnorm", "layernorm"),
+                       switches=dict(use_rmsnorm="rmsnorm"))
+    norm_weights: bool = option(False, "learned weights in the norms before attention, MLP and head")
+    norm_eps: float = option(NORM_EPS, "what those norms add to the mean square, before they divide by its root")
+    post_norm: bool = option(False, "also normalise the outputs of attention and MLP, before the stream takes them")
+    position: str = option("rope", "positions by rotary embeddings, or by a learned table", choices=("rope", "learned"),
+                           switches=dict(use_rope="rope"))
     rope_base: float = option(10000.0, "base of the rotary frequencies")
-    n_positions: int = option(1024, "learned positions, the longest sequence there is with them", most=2**24)
-    mixer: str = option("attention", "what mixes positions; latent is MLA", choices=lambda: tuple(mixers))
+    n_positions: int = option(1024, "positions in the learned table, the longest sequence that it allows", most=2**24)
+    mixer: str = option("attention", "what mixes positions; latent is DeepSeek-V2's MLA", choices=lambda: tuple(mixers))
     kv_rank: int = option(256, "width of the latent from which MLA makes keys and values", most=2**20)
-    rope_head_dim: int = option(32, "rotary part of MLA's heads, beside n_embd / n_head without position", most=2**20)
-    qk_norm: bool = option(False, "RMSNorm of queries and keys over the head size, before RoPE")
-    softmax_scale: float = option(0.0, "factor of attention's scores; 0: 1 / sqrt(head size)")
-    attention_gate: int = option(
-        0, "channels of attention's input that say how much of each head's output counts; 0: all of it does", most=2**20
-    )
+    rope_head_dim: int = option(32, "rotary dimensions of MLA's heads, beside n_embd / n_head others", most=2**20)
+    qk_norm: bool = option(False, "RMSNorm of each head's queries and keys, before RoPE")
+    softmax_scale: float = option(0.0, "factor of attention's scores before the softmax; 0: 1 / sqrt(head size)")
+    attention_gate: int = option(0, "channels of the input that gate each head's output; 0: no gate", most=2**20)
     window: int = option(0, "tokens a query sees, its own included; 0: all before it")
-    document_mask: bool = option(False, "let no token see another document; the vocabulary's last token begins one")
-    value_embeddings: int = option(
-        0, "tables of token embeddings, each mixed into the values of one of the first and one of the last blocks",
-        most=500,
-    )
-    x0_lambdas: bool = option(False, "begin each block with a x + b x0 of stream and embedding, a and b learned")
-    smear: str = option("none", "learned share of the token before, in embedding, attention, mlp, or as embedding+mlp")
-    embd_norm: bool = option(False, "RMSNorm of the embedding, where the stream begins")
+    document_mask: bool = option(False, "attend within a document alone; the vocabulary's last token begins one")
+    value_embeddings: int = option(0, "tables of token embeddings, mixed into the values of as many first and last "
+                                   "blocks", most=500)
+    x0_lambdas: bool = option(False, "begin each block with a x + b x0: stream x, embedding x0, a and b learned")
+    smear: str = option("none", "add a learned share of the token before in embedding, attention, mlp; + joins them")
+    embd_norm: bool = option(False, "RMSNorm of the embedding, before the first block")
     scale_attention: bool = option(True, "add attention's output as it is, not times 1/sqrt(2 n_layer)")
-    mlp: str = option("gelu", "kind of MLP", choices=lambda: tuple(mlps))
+    mlp: str = option("gelu", "kind of MLP, by its activation; swiglu is gated", choices=lambda: tuple(mlps))
     mlp_expansion_factor: float = option(4.0, "MLP hidden width as a multiple of n_embd; 8/3 is allowed", parse=number)
     ffn_hidden: int = option(0, "MLP hidden width; 0: from mlp_expansion_factor", most=2**24)
-    logit_softcap: float = option(0.0, "bend each logit z to cap tanh(z / cap), which stays within the cap; 0: do not")
-    init_std: float = option(
-        0.0, "std of the initial matrices, those into the stream / sqrt(2 n_layer); 0: uniform in +-1/sqrt(fan_in)",
-        rebuilds=False,
-    )
+    logit_softcap: float = option(0.0, "soft cap: logits z become cap tanh(z / cap); 0: none")
+    init_std: float = option(0.0, "std of the initial matrices (c_proj's / sqrt(2 n_layer)); 0: uniform in "
+                             "+-1/sqrt(fan_in)", rebuilds=False)
     embd_init_std: float = option(0.0, "std of the initial embeddings; 0: as the other matrices", rebuilds=False)
     value_init_std: float = option(0.0, "std of the initial value embeddings; 0: embd_init_std", rebuilds=False)
-    zero_init: bool = option(False, "start the matrices into the stream, and an untied head, at 0", rebuilds=False)
-    mtp_enabled: bool = option(False, "multi-token prediction: an auxiliary loss on targets 2..mtp_max_steps")
-    mtp_heads: str = option(
-        "shared", "what predicts targets 2..mtp_max_steps: the logits themselves, or a block each",
-        choices=("shared", "separate"),
-    )
+    zero_init: bool = option(False, "start matrices into the stream (c_proj) and an untied head at 0", rebuilds=False)
+    mtp_enabled: bool = option(False, "multi-token prediction: an auxiliary loss on the tokens 2..mtp_max_steps ahead")
+    mtp_heads: str = option("shared", "predict those tokens by the next token's logits, or by a block for each",
+                            choices=("shared", "separate"))
     mtp_max_steps: int = option(2, "furthest token ahead that the auxiliary loss predicts", most=1000)
     mtp_weight: float = option(0.1, "weight of the auxiliary loss", rebuilds=False)
     mtp_rampup_steps: int = option(64, "steps over which mtp_weight rises linearly from 0", rebuilds=False)
     loss_clamp: float = option(0.0, "cap on a token's loss in nats while training; 0: none", rebuilds=False)
-    gradient_checkpointing: bool = option(
-        False, "keep only the blocks' inputs and run each block again in the backward pass: less memory, more time",
-        aliases=("use_gradient_checkpointing",), rebuilds=False,
-    )
-    precision: str = option(
-        "bf16", "type of matrix products; fp8_head: float8 in the head alone (unset: bf16 if CUDA has it, else fp32)",
-        choices=("fp32", "bf16", "fp16", "fp8", "fp8_head"), switches=dict(use_fp8="fp8", use_amp="amp"),
-        rebuilds=False,
-    )
+    gradient_checkpointing: bool = option(False, "run each block again in the backward pass: less memory, more time",
+                                          aliases=("use_gradient_checkpointing",), rebuilds=False)
+    precision: str = option("bf16", "type of matrix products; fp8_head: float8 in the head alone (unset: bf16 if CUDA "
+                            "has it, else fp32)", choices=("fp32", "bf16", "fp16", "fp8", "fp8_head"),
+                            switches=dict(use_fp8="fp8", use_amp="amp"), rebuilds=False)
 
     def __post_init__(self):
         self.settle("smear", "none" if self.smear is False else self.smear)  # a switch in older checkpoints
@@ -398,87 +378,71 @@ def nearest_multiples(value, of):
 class TrainConfig:
     """The run: data, batch, schedule, evaluation, output. Counts are in the unit their help names."""
 
-    model: str = option("d12", "preset; network flags change it; any depth from d4_fast to d48_fast",
+    model: str = option("d12", "preset, which other flags change; any depth from d4_fast to d48_fast",
                         choices=lambda: tuple({**base_configs, **fast_presets}))
     input_bin: str = option("data/fineweb10B/fineweb_train_*.bin", "training shards (a glob pattern, quoted)")
     input_val_bin: str = option("data/fineweb10B/fineweb_val_*.bin", "validation shards; empty: no validation")
     output_dir: str = option("logs", "folder of runs; each run makes its own folder in it")
-    batch_size: int = option(
-        8, "sequences in a micro-batch of one process; auto: the most that fits and divides --total_batch_size",
-        parse=number_or_auto,
-    )
+    batch_size: int = option(8, "sequences in a micro-batch of one process; auto: the most that fits and divides "
+                             "--total_batch_size", parse=number_or_auto)
     sequence_length: int = option(1024, "tokens in a sequence")
-    grad_accumulation_steps: int = option(
-        0, "micro-batches a step, over all processes together (unset: one per process)",
-        aliases=("grad_accum_steps", "gradient_accumulation_steps"),
-    )
+    grad_accumulation_steps: int = option(0, "micro-batches a step, over all processes (unset: one per process)",
+                                          aliases=("grad_accum_steps", "gradient_accumulation_steps"))
     num_iterations: int = option(1000, "optimizer steps")
-    minutes: float = option(0.0, "find num_iterations by the first steps' time; compilation, validation come on top")
+    minutes: float = option(0.0, "minutes to train, compiling and validating aside; the first steps set num_iterations")
     optimizer: str = option("adamw", "what updates the blocks' matrices; all else is AdamW's", choices=OPTIMIZERS)
-    learning_rate: float = option(6e-4, "learning rate after the warm-up, the highest")
-    embedding_lr: float = option(0.0, "that of the embeddings, tied or not; 0: learning_rate")
-    value_lr: float = option(0.0, "that of the value embeddings; 0: embedding_lr")
-    head_lr: float = option(0.0, "that of an untied head; 0: learning_rate")
-    scalar_lr: float = option(0.0, "that of vectors and scalars; 0: learning_rate")
-    muon_lr: float = option(0.02, "that of Muon's matrices, which follows the same schedule")
-    muon_momentum: float = option(0.95, "decay of the mean of Muon's gradients")
-    muon_beta2: float = option(0.0, "decay of the mean squares by which NorMuon evens Muon's updates; 0: plain Muon")
+    learning_rate: float = option(6e-4, "highest learning rate, that after the warm-up")
+    embedding_lr: float = option(0.0, "learning rate of the embeddings, tied or not; 0: learning_rate")
+    value_lr: float = option(0.0, "learning rate of the value embeddings; 0: embedding_lr")
+    head_lr: float = option(0.0, "learning rate of an untied head; 0: learning_rate")
+    scalar_lr: float = option(0.0, "learning rate of vectors and scalars; 0: learning_rate")
+    muon_lr: float = option(0.02, "learning rate of Muon's matrices, on the same schedule")
+    muon_momentum: float = option(0.95, "Muon's momentum: decay of the mean of its gradients")
+    muon_beta2: float = option(0.0, "NorMuon: decay of the mean squares that even Muon's updates; 0: plain Muon")
     momentum_warmup_steps: int = option(0, f"steps over which muon_momentum rises from {FIRST_MOMENTUM}")
     cautious_weight_decay: bool = option(False, "Muon decays a weight only where its update makes it smaller too")
-    schedule: str = option(
-        "linear", "the learning rate after its warm-up: constant with a linear warm-down, or half a cosine",
-        choices=lambda: tuple(schedules),
-    )
+    schedule: str = option("linear", "how the learning rate falls: over the last steps, or by half a cosine from the "
+                           "warm-up on", choices=lambda: tuple(schedules))
     warmup_iters: int = option(0, "steps of linear warm-up from 0")
-    warmdown_iters: int = option(0, "last steps of the linear schedule, of warm-down to its end")
+    warmdown_iters: int = option(0, "last steps, over which the linear schedule falls; 0: it stays constant")
     min_lr_fraction: float = option(0.0, "where the schedule ends, as a share of learning_rate")
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices; with Muon of those that are Muon's alone")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices; with --optimizer muon of Muon's alone")
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean")
     beta2: float = option(0.95, "AdamW's decay of the gradient's square")
     adam_eps: float = option(1e-8, "what AdamW adds to the root of the mean square")
-    grad_clip: float = option(1.0, "largest norm of the whole gradient; 0: no clipping")
-    seed: int = option(1337, "seed of the initial weights and of --shuffle")
+    grad_clip: float = option(1.0, "clip the gradient of all parameters to this norm; 0: no clipping")
+    seed: int = option(1337, "seed of the initial weights, of dropout and of --shuffle")
     shuffle: bool = option(False, "permute the sequences in each epoch, by seed and epoch")
     val_loss_every: int = option(250, "steps between validations; 0: only after the last step")
-    val_tokens: int = option(1_048_576, "targets in a validation, the first of the shards")
-    val_batch_size: int = option(
-        0, "sequences in a validation batch of one process; 0: batch_size, with --batch_size auto what fits"
-    )
+    val_tokens: int = option(1_048_576, "targets in a validation, from the beginning of its shards")
+    val_batch_size: int = option(0, "sequences in a validation batch; 0: batch_size, with --batch_size auto what fits")
     target_val_loss: float = option(0.0, "stop when the validation loss is at most this; 0: never")
-    save_every: int = option(0, "steps between checkpoints, beside those before a validation and at the end")
+    save_every: int = option(0, "steps between checkpoints, beside those before each validation and at the end")
     save_every_minutes: float = option(0.0, "minutes between checkpoints; 0: the steps alone decide")
-    keep_last: int = option(0, "newest checkpoints kept; 0: two, and all that --save_every asked for")
+    keep_last: int = option(0, "newest checkpoints to keep; 0: two, and all that --save_every asked for")
     save_checkpoints: bool = option(True, "write no checkpoints")
-    nan_policy: str = option(
-        "skip", "when the loss is not finite: stop, skip up to nan_limit updates, or then rollback to a checkpoint",
-        choices=NAN_POLICIES,
-    )
-    nan_limit: int = option(5, "updates skipped in a row that end the run, or roll it back")
-    deterministic: bool = option(False, "only kernels that give the same bits each time: slower, for a bitwise resume "
-                                 "on a GPU or compiled")
+    nan_policy: str = option("skip", "when loss or gradient is not finite: stop, skip up to nan_limit updates, or then "
+                             "go back to a checkpoint", choices=NAN_POLICIES)
+    nan_limit: int = option(5, "skipped updates in a row that end the run, or take it back to a checkpoint")
+    deterministic: bool = option(False, "the same bits in each run and resume, also on a GPU and compiled; slower")
     log_every: int = option(10, "steps between lines on the console (the log file and metrics.jsonl have every step)")
-    log_stats: int = option(0, "every so many steps log each layer's norms, update ratio and activation RMS; 0: never")
+    log_stats: int = option(0, "steps between logs of each layer's norms, update ratio and activation RMS; 0: never")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
-    parallel: str = option(
-        "ddp", "what several processes do: each has the whole network, or a share of it and of the optimizer's state",
-        choices=("ddp", "fsdp"),
-    )
+    parallel: str = option("ddp", "each process holds the whole network, or a share of it and of the optimizer's state",
+                           choices=("ddp", "fsdp"))
     gradient_dtype: str = option("fp32", "type in which the processes add their gradients up", choices=("fp32", "bf16"))
     compile: bool = option(None, "torch.compile the model (unset: on CUDA)", aliases=("use_compile",))
-    compile_mode: str = option(
-        "default", "how long torch.compile may search for speed; reduce-overhead takes CUDA graphs",
-        choices=("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"),
-    )
-    attention: str = option(
-        "auto", "kernel of full attention; auto: torch's choice", choices=("auto", *ATTENTION_KERNELS)
-    )
+    compile_mode: str = option("default", "how long torch.compile may search for speed; reduce-overhead and "
+                               "max-autotune take CUDA graphs",
+                               choices=("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"))
+    attention: str = option("auto", "kernel of full attention; auto: torch's", choices=("auto", *ATTENTION_KERNELS))
     profile: bool = option(False, f"trace {PROFILED_STEPS} steps into the run's folder, for Perfetto or TensorBoard")
     empty_cache_every: int = option(0, "steps between returns of unused memory to the GPU (CUDA, MPS); 0: never")
     log_wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = option("train_gpt2_mod", "project for --log_wandb")
-    wandb_name: str = option("", "the run's name there; \"\": its id")
-    wandb_group: str = option("", "its group there; \"\": the runs that differ in seed alone share one")
-    wandb_checkpoint: bool = option(False, "hand the last checkpoint over as an artifact")
+    wandb_name: str = option("", "the run's name in W&B; empty: its id")
+    wandb_group: str = option("", "the run's group in W&B; empty: one for all runs that differ in seed alone")
+    wandb_checkpoint: bool = option(False, "upload the last checkpoint to W&B as an artifact")
 
     def __post_init__(self):
         check_fields(self)
@@ -531,9 +495,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Shorthand:
-    """Flags that act once, when a run is put together, by setting fields of the other two."""
+    """Flags that act once, when a run is put together: what it starts from, and short ways to set the flags above."""
 
-    resume: str = option("", "go on from a checkpoint or a run's folder; auto: the newest in --output_dir, of the "
+    resume: str = option("", "go on from a checkpoint, or a run's newest; auto: the newest in --output_dir of the "
                          "network typed, if any")
     init_from: str = option("", "start with the weights of a checkpoint, or of a file that tools/hf.py imported")
     dry_run: bool = option(False, "say what the run would be, its parameters, FLOPs, memory and hours, and stop")
@@ -637,14 +601,14 @@ class Machine(NamedTuple):
 ANY_MACHINE = Machine(world_size=1, device_type="cuda", has_bf16=True, has_fp8=True)
 
 # From flags to a configuration: an ordered list of pure rules. Each takes the fields known so far, what was typed and
-# the machine, and gives the fields it sets and a note for the log. A rule acts only on what was typed or is still
-# unknown, so a resolved configuration passes through unchanged.
+# the machine; it gives the fields it sets and a note for the log (or None), or None where it sets none. A rule acts
+# only on what was typed or is still unknown, so a resolved configuration passes through unchanged.
 
 
 def rule_heads_of_width(fields, typed, machine):
     require(fields["n_head"] >= 1, f"n_head={fields['n_head']} must be at least 1")
     if "n_embd" not in typed or "n_head" in typed:
-        return {}, None
+        return None
     width = typed["n_embd"]
     require(width >= HEAD_DIM and width % HEAD_DIM == 0, f"n_embd={width} must be a multiple of {HEAD_DIM} when no "
             f"--n_head is typed; type one, or try n_embd {nearest_multiples(width, HEAD_DIM)}")
@@ -664,11 +628,11 @@ def rule_kv_heads(fields, typed, machine):
         kept = typed["n_kv_head"] or n_head
         require(not wanted or kept < n_head, f"gqa_enabled needs fewer key/value heads than n_head={n_head}, "
                 f"not n_kv_head={kept}; drop one of the two flags")
-        return {}, None
+        return None
     if "kv_head_ratio" not in typed and (not wanted or 0 < fields["n_kv_head"] < n_head):
         kept = fields["n_kv_head"]
         if kept == 0 or n_head % kept == 0 or not typed.keys() & {"n_embd", "n_head"}:
-            return {}, None
+            return None
         fitting = largest_divisor(n_head, kept)
         return dict(n_kv_head=fitting), f"n_kv_head={fitting}: the largest divisor of n_head={n_head} up to {kept}"
     ratio = typed.get("kv_head_ratio", Shorthand.kv_head_ratio)
@@ -682,7 +646,7 @@ def rule_kv_heads(fields, typed, machine):
 def rule_embd_scale(fields, typed, machine):
     scale = typed.get("embd_scale", 1.12 if typed.get("gqa_enabled") else 1.0)
     if scale == 1.0:
-        return {}, None
+        return None
     n_embd, n_head = fields["n_embd"], fields["n_head"]
     require(0 < scale < 100, f"embd_scale={scale} must be above 0 and below 100")
     head_dim = max(8, 8 * math.floor(n_embd * scale / n_head / 8 + 0.5))
@@ -692,7 +656,7 @@ def rule_embd_scale(fields, typed, machine):
 
 def rule_ffn_hidden(fields, typed, machine):
     if "mlp_expansion_factor" not in typed or not fields["ffn_hidden"]:
-        return {}, None
+        return None
     hidden = hidden_width(typed["mlp_expansion_factor"], fields["n_embd"])
     require(typed.get("ffn_hidden", hidden) == hidden, f"ffn_hidden={fields['ffn_hidden']} is not mlp_expansion_factor="
             f"{typed['mlp_expansion_factor']:g} times n_embd={fields['n_embd']}; drop one of the two flags")
@@ -703,14 +667,12 @@ def rule_mtp(fields, typed, machine):
     ignored = [name for name in typed if name.startswith("mtp_") and name != "mtp_enabled"]
     require(fields["mtp_enabled"] or not ignored, f"{', '.join(ignored)} without mtp_enabled would be ignored; "
             "add --mtp_enabled")
-    return {}, None
 
 
 def rule_positions(fields, typed, machine):
     length, positions = fields["sequence_length"], fields["n_positions"]
     require(fields["position"] == "rope" or length <= positions, f"sequence_length={length} is longer than the "
             f"n_positions={positions} that are learned; lower it, or start a network with --position rope")
-    return {}, None
 
 
 def rule_precision(fields, typed, machine):
@@ -741,13 +703,6 @@ def rule_kernels(fields, typed, machine):
             f"{machine.device_type} nothing is compiled unless you add --compile")
     require(not typed.get("empty_cache_every") or machine.device_type != "cpu", "empty_cache_every would be ignored: "
             "a CPU keeps no such cache; drop it")
-    return {}, None
-
-
-NOT_WITH_FSDP = (  # the field, the values that do not combine with it, why
-    ("device", ("mps",), "torch has no such processes on an Apple GPU"),
-    ("compile_mode", ("reduce-overhead", "max-autotune"), "CUDA graphs want weights that stay where they are"),
-)
 
 
 def rule_parallel(fields, typed, machine):
@@ -758,10 +713,11 @@ def rule_parallel(fields, typed, machine):
                 "launch it with torchrun, or drop it")
     if not several:
         return {name: getattr(TrainConfig, name) for name, value in meant.items() if fields[name] == value}, None
-    for name, values, why in NOT_WITH_FSDP if fields["parallel"] == "fsdp" else ():
-        value = machine.device_type if name == "device" else fields[name]
-        require(value not in values, f"{name}={value} with parallel=fsdp: {why}; drop one of the two")
-    return {}, None
+    fsdp, mode = fields["parallel"] == "fsdp", fields["compile_mode"]
+    require(not fsdp or machine.device_type != "mps", "device=mps with parallel=fsdp: torch has no such processes on "
+            "an Apple GPU; drop one of the two")
+    require(not fsdp or mode not in ("reduce-overhead", "max-autotune"), f"compile_mode={mode} with parallel=fsdp: "
+            "CUDA graphs want weights that stay where they are; drop one of the two")
 
 
 def rule_optimizer(fields, typed, machine):
@@ -806,14 +762,14 @@ def rule_warmdown(fields, typed, machine):
                 "is; drop one")
         require(fields["schedule"] == "linear", f"warmdown_fraction={share} would be ignored: "
                 f"schedule={fields['schedule']} has no warm-down; drop one of the two")
-    changes, note, steps = {}, None, fields["num_iterations"]
-    if wanted or (share and "warmdown_iters" not in typed and fields["schedule"] == "linear"):
-        left = max(0, steps - fields["warmup_iters"])
-        changes["warmdown_iters"] = min(round(share * steps), left)
-        note = f"warmdown_iters={changes['warmdown_iters']}: {share:g} of num_iterations={steps}"
-        note += f", as far as warmup_iters={fields['warmup_iters']} leaves it" * (round(share * steps) > left)
-        note = None if steps == UNKNOWN_STEPS else note
-    falls = fields["schedule"] != "linear" or changes.get("warmdown_iters", fields["warmdown_iters"])
+    changes, note, linear, steps = {}, None, fields["schedule"] == "linear", fields["num_iterations"]
+    if wanted or (share and linear and "warmdown_iters" not in typed):
+        meant, left = round(share * steps), max(0, steps - fields["warmup_iters"])
+        changes["warmdown_iters"] = min(meant, left)
+        if steps != UNKNOWN_STEPS:
+            note = f"warmdown_iters={changes['warmdown_iters']}: {share:g} of num_iterations={steps}"
+            note += f", as far as warmup_iters={fields['warmup_iters']} leaves it" if meant > left else ""
+    falls = not linear or changes.get("warmdown_iters", fields["warmdown_iters"])
     if not falls and "min_lr_fraction" not in typed:  # a preset's gives way
         changes["min_lr_fraction"] = 0.0
     return changes, note
@@ -827,7 +783,6 @@ def rule_checkpoints(fields, typed, machine):
     limit = typed.get("nan_limit", TrainConfig.nan_limit)
     require(fields["nan_policy"] != "stop" or limit == TrainConfig.nan_limit, f"nan_limit={limit} would be ignored: "
             "nan_policy=stop ends with the first; drop one of the two")
-    return {}, None
 
 
 def rule_vocabulary(fields, typed, machine):
@@ -842,7 +797,7 @@ def rule_vocabulary(fields, typed, machine):
 def rule_batch_size(fields, typed, machine):
     """--batch_size auto: the largest micro-batch that divides the tokens a step and fits by the memory plan."""
     if fields["batch_size"] != "auto":
-        return {}, None
+        return None
     T, world, tokens = fields["sequence_length"], machine.world_size, typed.get("total_batch_size")
     tokens = fields.get("tokens_per_step", 0) if tokens is None else tokens
     require(tokens, "batch_size=auto keeps the tokens a step; say how many with --total_batch_size")
@@ -853,21 +808,21 @@ def rule_batch_size(fields, typed, machine):
     config = GPTConfig(**{f.name: fields[f.name] for f in dataclasses.fields(GPTConfig)})
     with torch.device("meta"):
         model = GPT(config)
-    room, row_tokens = MEMORY_SHARE * machine.memory, T * world
+    room, least = MEMORY_SHARE * machine.memory, T * world  # bytes; tokens of one sequence for each process
 
     def needed(size, training):
         run = TrainConfig(batch_size=size, sequence_length=T, grad_accumulation_steps=max(1, tokens // (size * T)),
                           parallel=fields["parallel"], optimizer=fields["optimizer"])
         return sum(memory_plan(config, run, model, world, training).values())
 
-    most = min(tokens // row_tokens, LARGEST_BATCH)
-    sizes = [size for size in range(1, most + 1) if tokens % (size * row_tokens) == 0]
+    most = min(tokens // least, LARGEST_BATCH)
+    sizes = [size for size in range(1, most + 1) if tokens % (size * least) == 0]
     size = max((size for size in sizes if needed(size, True) <= room), default=None)
     require(size, f"batch_size=auto: one sequence of {T} takes {needed(1, True) / 2**20:,.0f} MiB by the memory plan, "
             f"and there is room for {room / 2**20:,.0f}; add --gradient_checkpointing or lower --sequence_length")
     changes = dict(batch_size=size)
     if not fields["val_batch_size"]:
-        most = max(size, fields["val_tokens"] // row_tokens)
+        most = max(size, fields["val_tokens"] // least)
         doubled = (size * 2**i for i in range(most.bit_length()) if size * 2**i <= most)
         changes["val_batch_size"] = max(s for s in doubled if s == size or needed(s, False) <= room)
     return changes, (f"batch_size={size}: a plan of {needed(size, True) / 2**20:,.0f} MiB, with room for "
@@ -928,6 +883,20 @@ def field_defaults(cls):
     return {f.name: f.default for f in dataclasses.fields(cls) if f.name not in FOUND_BY_RULES}
 
 
+def fields_before_typed(typed, base):
+    """Field name -> value before what was typed counts: a default, a preset's or a checkpoint's, as resolve() says."""
+    network = field_defaults(GPTConfig)
+    fields = {**field_defaults(TrainConfig), **(base or network)}
+    if base is None or typed.keys() & PRESET_FLAGS:
+        name, known = typed.get("model", fields["model"]), {**base_configs, **fast_presets}
+        require(name in known, unknown_choice("model", name, known))
+        preset_network, preset_training = preset(name)
+        fields.update(network, **preset_network)
+        if "tokens_per_step" not in fields:  # which a resumed run has: it trains on as it began
+            fields.update(preset_training)
+    return fields
+
+
 def resolve(typed, machine, base=None):
     """Turn typed flags into the two configurations.
 
@@ -935,17 +904,7 @@ def resolve(typed, machine, base=None):
     and a typed --model, or a shorthand that starts from the preset's numbers, puts the preset in place of base's
     network. Returns GPTConfig, TrainConfig, notes for the log.
     """
-    network, fields = field_defaults(GPTConfig), field_defaults(TrainConfig)
-    fields.update(base or network)
-    name = typed.get("model", fields["model"])
-    if base is None or typed.keys() & PRESET_FLAGS:
-        known = {**base_configs, **fast_presets}
-        require(name in known, unknown_choice("model", name, known))
-        its_network, its_training = preset(name)
-        fields.update(network, **its_network)
-        if "tokens_per_step" not in fields:  # which a checkpoint has: a resume trains as it began
-            fields.update(its_training)
-    fields.update(typed)
+    fields = {**fields_before_typed(typed, base), **typed}
     if base and not typed.keys() & PRESET_FLAGS and typed.get("n_embd") == base["n_embd"]:
         typed = {name: value for name, value in typed.items() if name != "n_embd"}  # which asks for no other heads
     for f in (f for cls in (GPTConfig, TrainConfig, Shorthand) for f in dataclasses.fields(cls)):
@@ -954,7 +913,7 @@ def resolve(typed, machine, base=None):
                 f"{f.name}={value} must be at most {f.metadata['most']:g}")
     consumed, notes = {"resume", "init_from", "dry_run", "memory_gib", "tokens_per_step"}, []
     for rule, consumes in RULES:
-        changes, note = rule(fields, typed, machine)
+        changes, note = rule(fields, typed, machine) or ({}, None)
         fields.update(changes)
         consumed.update(consumes)
         notes += [note] if note else []
@@ -1097,26 +1056,29 @@ class World:
     def __enter__(self):
         if self.size > 1:
             require("MASTER_ADDR" in os.environ, f"WORLD_SIZE={self.size} without MASTER_ADDR; launch with torchrun")
-            cuda, place, attempt = self.device.type == "cuda", dict(init_method="env://"), None
-            here = os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
-            if here and "TORCHELASTIC_RESTART_COUNT" in os.environ:
-                # After a restart torchrun's store still holds the addresses of the processes that died, and the new
-                # ones dial them (github.com/pytorch/pytorch/issues/135712): each attempt on a machine has its own keys.
-                attempt = f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}"
-            restarts, shared = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"), "TORCHELASTIC_USE_AGENT_STORE"
-            require(here or restarts == "0" or os.environ.get(shared) != "True", f"max_restarts={restarts} of torchrun "
-                    "on several machines: none would succeed; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for all of them")
+            one_host = os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
+            shared_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+            require(one_host or restarts == "0" or not shared_store, f"max_restarts={restarts} of torchrun on several "
+                    "machines: none would succeed; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for all of them")
             try:
-                if attempt:
-                    store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
-                    place = dict(store=dist.PrefixStore(attempt, store), rank=rank, world_size=size)
-                dist.init_process_group("nccl" if cuda else "gloo", timeout=JOINING,
-                                        device_id=self.device if cuda else None, **place)
+                self.join(one_host)
             except (RuntimeError, ValueError) as e:
                 raise LostError(f"the {self.size} processes did not all come together ({first_line(e)}); see what the "
                                 "others say, or check torchrun's --nnodes and --rdzv_endpoint, and that "
                                 "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network between the hosts") from e
         return self
+
+    def join(self, one_host):
+        """Make the process group. After a restart torchrun's store still holds the addresses of the processes that
+        died, and the new ones dial them (github.com/pytorch/pytorch/issues/135712): on one host each attempt has its
+        own keys in the store."""
+        cuda, meeting, attempt = self.device.type == "cuda", {}, os.environ.get("TORCHELASTIC_RESTART_COUNT")
+        if one_host and attempt is not None:
+            store, rank, size = next(dist.rendezvous("env://", timeout=JOINING))
+            meeting = dict(store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=JOINING, device_id=self.device if cuda else None,
+                                **meeting)
 
     def __exit__(self, kind, error, trace):
         # A DDP object that outlives its process group aborts gloo at exit, so it goes first: also out of the frames
@@ -1126,15 +1088,17 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def compare(self, mine):
-        """Raise ConfigError where one of several processes has not what the first one has, {name: text}. From here on
-        they wait for each other longer."""
+    def require_alike(self, mine):
+        """Raise ConfigError where another process has not what the first one has, {name: text}."""
         (first_host, first), *others = self.gather((platform.node(), mine))
         for rank, (host, theirs) in enumerate(others, 1):
             unlike = [f"{name} is {theirs.get(name, 'not there')}, not {first.get(name, 'there')}"
                       for name in {**first, **theirs} if theirs.get(name) != first.get(name)]
             require(not unlike, f"process {rank} on {host} is not like process 0 on {first_host}: {'; '.join(unlike)}; "
                     "give all of them the same script, torch, shards and flags")
+
+    def wait_longer(self):
+        """From here on have the processes, which have come together in JOINING, wait PATIENCE for each other."""
         dist.distributed_c10d._set_pg_timeout(PATIENCE)
 
     def sum(self, tensor):
@@ -1293,8 +1257,8 @@ class RunLog(NullLog):
     them ends training; the console says what did."""
 
     def __init__(self, folder, lock, log_every, wandb_run=None):
-        self.folder, self.lock, self.log_every, self.wandb_run, self.complained = (
-            folder, lock, log_every, wandb_run, False)
+        self.folder, self.lock, self.log_every, self.wandb_run = folder, lock, log_every, wandb_run
+        self.complained = False  # of a file that cannot be written
         self.file, self.metrics = GrowingFile(folder / f"{folder.name}.log"), GrowingFile(folder / "metrics.jsonl")
         self.overwrite = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 
@@ -1332,7 +1296,7 @@ class RunLog(NullLog):
     def rewind(self, step):
         self.metrics.close()
         try:
-            trim_metrics(self.folder, step, validated=False)
+            trim_metrics(self.folder, step, keep_validation=False)
         except OSError as e:
             self.show(f"{self.metrics.file.name} cannot be cut ({e.strerror}): it has the steps after {step} twice\n")
         self.metrics = GrowingFile(self.folder / "metrics.jsonl")
@@ -1418,15 +1382,16 @@ def make_run_folder(output_dir, run_id, fresh):
     return folder, lock
 
 
-def trim_metrics(folder, step, validated=True):
-    """Drop the records of steps that will be done again, and (not validated) the validation of the last one left."""
+def trim_metrics(folder, step, keep_validation):
+    """Drop the records of later steps, which will be done again, and with them perhaps the validation of this one."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     kept = []
     for line in lines:
         with contextlib.suppress(ValueError):  # a record cut short by a crash
             record = json.loads(line)
-            kept += [line] if record["step"] <= step - ("val_loss" in record and not validated) else []
+            last = step if keep_validation or "val_loss" not in record else step - 1
+            kept += [line] if record["step"] <= last else []
     write_atomically(path, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
 
 
@@ -1447,7 +1412,7 @@ def source():
     return Path(__file__).read_text() + kernel
 
 
-def open_log(world, config, run, run_id, notes, resumed_at, validated):
+def open_log(world, config, run, run_id, notes, resumed_at, keep_validation):
     """The log of this process. The first one's opens with the run's source, versions and command; that of a run resumed
     at a step (else None) goes on there, its validation of that step kept or not."""
     if not world.is_main:
@@ -1458,7 +1423,7 @@ def open_log(world, config, run, run_id, notes, resumed_at, validated):
     try:
         write_atomically(folder / "config.json", lambda f: f.write(json.dumps(settings, indent=1).encode() + b"\n"))
         if resumed_at is not None:
-            trim_metrics(folder, resumed_at, validated)
+            trim_metrics(folder, resumed_at, keep_validation)
             notes = notes + set_aside(folder, resumed_at)
         wandb_run, note = start_wandb(wandb, run, run_id, settings, folder) if wandb else (None, None)
         log = RunLog(folder, lock, run.log_every, wandb_run)
@@ -1621,10 +1586,11 @@ def rotate(x, cos, sin):
 
 
 def window_mask(T, window, device, documents=None, block_mask=None):
-    """The mask of causal attention over the last `window` tokens (0: all), the query's own included, and with the
-    numbers of the tokens' documents (B, T) within each; None where that is plain causal attention. FlexAttention's,
-    which skips blocks outside, where block_mask makes it, create_block_mask compiled by itself, and of a window alone
-    compiled on CUDA; else dense, (T, T) or (B, 1, T, T)."""
+    """The mask of causal attention, None where that is plain: a query sees the last `window` tokens (0: all), its own
+    included, and with `documents` (B, T), the numbers of the tokens' documents, those of its own document.
+
+    FlexAttention's mask, which skips blocks outside, where there is `block_mask` (create_block_mask, compiled by
+    itself) to make it, or a window alone is compiled for CUDA; else a dense one, (T, T) or (B, 1, T, T)."""
     if not 0 < window < T:
         if documents is None:
             return None
@@ -1645,7 +1611,7 @@ def window_mask(T, window, device, documents=None, block_mask=None):
 
 
 class First(nn.Module):
-    """What stands where nothing is mixed."""
+    """Its first argument: what stands in place of a Mix, Smear or Gate that is not asked for."""
 
     def forward(self, x, other):
         return x
@@ -1885,9 +1851,9 @@ class GPT(nn.Module):
                 p.zero_()
         values = {*self.value_embeddings}
         for table in tables:
-            std = config.value_init_std * (table in values) or config.embd_init_std
-            if std:
-                table.weight.normal_(0.0, std)
+            own = config.value_init_std if table in values else 0.0
+            if own or config.embd_init_std:
+                table.weight.normal_(0.0, own or config.embd_init_std)
         into_stream = [p for name, p in self.named_parameters() if name.endswith("c_proj.weight")]
         untied = [] if config.tie_embeddings else [self.lm_head.weight]
         for p in into_stream + untied if config.zero_init else ():
@@ -1911,12 +1877,12 @@ class GPT(nn.Module):
             mask = window_mask(T, self.config.window, idx.device, self.documents(idx))
         return x, Context(cos, sin, mask, x, follows=follows)
 
-    def value_rows(self, idx):
-        """What each block mixes into its values, a list of (B, T, K D) or None: the first table's rows in the first
-        block and in the first of the last ones, and so on."""
-        rows = [table(idx) for table in self.value_embeddings]
-        rows = [row.to(stream_dtype(row)) for row in rows]
-        return [*rows, *[None] * (self.config.n_layer - 2 * len(rows)), *rows]
+    def values_of_blocks(self, idx):
+        """What each block mixes into its values, a list of (B, T, K D) or None. Of n tables block i and block
+        n_layer - n + i have the i-th; those between have none."""
+        found = [table(idx) for table in self.value_embeddings]
+        found = [values.to(stream_dtype(values)) for values in found]
+        return [*found, *[None] * (self.config.n_layer - 2 * len(found)), *found]
 
     def run_block(self, block, x, ctx):
         if self.config.gradient_checkpointing and self.training:
@@ -1924,9 +1890,9 @@ class GPT(nn.Module):
         return block(x, ctx)
 
     def trunk(self, idx, heads=1, mask=None):
-        """(B, T) -> what each of the heads reads, a list of (B, T, C): the stream, normalised."""
+        """(B, T) -> what each head reads, a list of (B, T, C): the stream, normalised, for MTP's through its block."""
         x, ctx = self.embed(idx, mask)
-        for block, values in zip(self.transformer.h, self.value_rows(idx)):
+        for block, values in zip(self.transformer.h, self.values_of_blocks(idx)):
             x = self.run_block(block, x, ctx._replace(values=values))
         own = [self.mtp_blocks[str(k)] for k in range(2, heads + 1)]
         return [self.transformer.ln_f(z) for z in (x, *(self.run_block(block, x, ctx) for block in own))]
@@ -1961,20 +1927,21 @@ class GPT(nn.Module):
         mask = None
         if self.block_mask:
             mask = window_mask(idx.size(1), self.config.window, idx.device, self.documents(idx), self.block_mask)
-        streams = self.trunk(idx, 1 + len(offsets) * bool(self.mtp_blocks), mask)
+        streams = self.trunk(idx, 1 + len(offsets) if self.mtp_blocks else 1, mask)
         logits = self.head(streams[0]) if return_logits else None
         if targets_dict is None:
             return logits, None
         first, further = targets_dict["target_1"], [targets_dict[f"target_{k}"] for k in offsets]
-        one, each = self.mtp_weight_buffer.new_ones(1), self.mtp_weight_buffer.new_full((), 1 / max(1, len(further)))
+        one = self.mtp_weight_buffer.new_ones(1)
+        equal = one.new_full((len(further),), 1 / max(1, len(further)))  # shares of a mean over the further targets
         if further and not self.mtp_blocks and not return_loss_components:  # the logits are there once for all of them
-            shares = torch.cat([one, (self.mtp_weight_buffer * each).expand(len(further))])
+            shares = torch.cat([one, self.mtp_weight_buffer * equal])
             return logits, self.loss(streams[0], [first, *further], shares)
         main, aux = self.loss(streams[0], [first], one), None
         if self.mtp_blocks and further:
-            aux = sum(self.loss(x, [target], each[None]) for x, target in zip(streams[1:], further))
+            aux = sum(self.loss(x, [target], equal[:1]) for x, target in zip(streams[1:], further))
         elif further:
-            aux = self.loss(streams[0], further, each.expand(len(further)))
+            aux = self.loss(streams[0], further, equal)
         if return_loss_components:
             return logits, (main, aux)
         return logits, main if aux is None else main + self.mtp_weight_buffer * aux
@@ -2022,7 +1989,7 @@ class Float8Product(torch.autograd.Function):
 
     @staticmethod
     def product(a, a_scale, b, b_scale, out_dtype, fast=False, **out):
-        """a (M, K) @ b (N, K).T; both in rows, the one layout that Hopper's kernels take."""
+        """a (M, K) @ b (N, K).T, both row-major: the one layout that Hopper's kernels take."""
         return torch._scaled_mm(a, b.t(), a_scale, b_scale, out_dtype=out_dtype, use_fast_accum=fast, **out)
 
     @staticmethod
@@ -2046,8 +2013,8 @@ def linear(x, weight, bias, fp8):
     """x (..., K) @ weight (N, K).T + bias -> (..., N), the product in float8 or as autocast has it."""
     if not fp8:
         return F.linear(x, weight, bias)
-    rows = x.flatten(0, -2)
-    y = Float8Product.apply(pad_to(rows, 1, FLOAT8_MULTIPLE), weight)[: rows.size(0)].unflatten(0, x.shape[:-1])
+    flat = x.flatten(0, -2)
+    y = Float8Product.apply(pad_to(flat, 1, FLOAT8_MULTIPLE), weight)[: flat.size(0)].unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias.type_as(y)
 
 
@@ -2116,21 +2083,23 @@ def softcapped(logits, cap):
 
 
 def softmax_losses(logits, targets, weights, vocab_size, clamp, softcap, gradient=None, gradient8=None):
-    """Cross-entropies in nats, (K, n), of the first vocab_size of the logits (n, V or more), before the softcap, and K
-    rows of targets (K, n): 0 where IGNORED, at most `clamp` (0: any). Into `gradient`, which may be the logits
-    themselves, goes that of the sum over k of weights[k] times the sum of losses[k], and into gradient8
-    FLOAT8_GRADIENT_SCALE times that; a token at the clamp has none, nor has a logit that is none."""
+    """Cross-entropies in nats, (K, n), of the first vocab_size of the logits (n, V or more), before the softcap, and
+    targets (K, n), K of each token: 0 where IGNORED, at most `clamp` (0: any).
+    Into `gradient`, which may be the logits themselves, goes that of the sum over k of weights[k] times the sum of
+    losses[k], and into gradient8 FLOAT8_GRADIENT_SCALE times that. A token at the clamp and a logit that is none, from
+    vocab_size on, have none."""
     z = softcapped(logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32)), softcap)
     log_p, counted, ids = F.log_softmax(z, dim=-1), targets != IGNORED, targets.clamp(min=0).T
     losses = -log_p.gather(1, ids).T
     if gradient is not None:
         below = losses < clamp if clamp else torch.ones_like(counted)
-        each = weights[:, None] * (counted & below)  # (K, n)
-        dz = log_p.exp_().mul_(each.sum(0)[:, None]).scatter_add_(1, ids, -each.T)
+        counts = weights[:, None] * (counted & below)  # (K, n), for how much each loss counts
+        # The gradient of -log p[id] is p, less 1 at the id; p takes the place of log_p.
+        dz = log_p.exp_().mul_(counts.sum(0)[:, None]).scatter_add_(1, ids, -counts.T)
         dz = dz.mul_(1 - (z / softcap).square()) if softcap else dz
-        for into, scale in ((gradient, 1.0), (gradient8, FLOAT8_GRADIENT_SCALE)):
-            if into is not None:
-                into.fill_(0)[:, :vocab_size].copy_(dz if scale == 1 else scale * dz)
+        gradient.fill_(0)[:, :vocab_size].copy_(dz)
+        if gradient8 is not None:
+            gradient8.fill_(0)[:, :vocab_size].copy_(FLOAT8_GRADIENT_SCALE * dz)
     losses = losses.clamp(max=clamp) if clamp else losses
     return torch.where(counted, losses, torch.zeros_like(losses))
 
@@ -2149,24 +2118,24 @@ def fused_softmax_losses(device):
 
 
 class HeadProducts:
-    """The three products of the head, logits = x @ weight.T of x (N, C) and weight (V, C), for some of the rows at a
-    time. On CUDA zero rows make V a multiple of HEAD_ROWS_MULTIPLE: their logits must not count."""
+    """The three products of the head, logits = x @ weight.T of x (N, C) and weight (V, C), for some of the N tokens, a
+    slice, at a time. On CUDA zero rows make V a multiple of HEAD_ROWS_MULTIPLE: their logits must not count."""
 
     def __init__(self, x, weight, scaled=None):
         self.x = x
         self.weight = pad_to(weight.to(x.dtype), 1, HEAD_ROWS_MULTIPLE if x.is_cuda else 1)
 
-    def logits(self, rows):
-        return self.x[rows] @ self.weight.T
+    def logits(self, tokens):
+        return self.x[tokens] @ self.weight.T
 
     def memory8(self, logits):
-        """Where the gradient of these logits is wanted in float8, if it is."""
+        """Memory for the gradient of these logits in float8; None where it is not wanted."""
 
     def gradient_of_x(self, dlogits, dlogits8, out):
         torch.mm(dlogits, self.weight, out=out)
 
-    def add_gradient_of_weight(self, rows, dlogits, total):
-        a, b = dlogits.T, self.x[rows]
+    def add_gradient_of_weight(self, tokens, dlogits, total):
+        a, b = dlogits.T, self.x[tokens]
         if b.is_cuda and b.dtype != total.dtype:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # sums that no 16 bits ever hold
         elif b.dtype == total.dtype:
@@ -2186,8 +2155,8 @@ class Float8HeadProducts(HeadProducts):
         self.turned, self.memory = self.weight.T.contiguous(), None
         self.gradient_scale = self.scale.new_full((), 1 / FLOAT8_GRADIENT_SCALE)
 
-    def logits(self, rows):
-        return Float8Product.product(self.x8[rows], self.x_scale, self.weight, self.scale, torch.bfloat16, fast=True)
+    def logits(self, tokens):
+        return Float8Product.product(self.x8[tokens], self.x_scale, self.weight, self.scale, torch.bfloat16, fast=True)
 
     def memory8(self, logits):
         if self.memory is None:
@@ -2216,11 +2185,12 @@ class LossSettings(NamedTuple):
     multiplied: Any = multiplied  # or compiled
 
 
-def parts_of(rows, most):
-    """Slices that cut so many rows into equal parts, but for the last, of at most `most` (rounded up to 16)."""
-    size = -(-rows // -(-rows // max(1, most)))
+def parts_of(count, most):
+    """Slices that cut so many tokens into equal parts, but for the last, of at most `most` (rounded up to 16)."""
+    parts = math.ceil(count / max(1, most))
+    size = math.ceil(count / parts)
     size += -size % FLOAT8_MULTIPLE
-    return (slice(begin, min(begin + size, rows)) for begin in range(0, rows, size))
+    return (slice(begin, min(begin + size, count)) for begin in range(0, count, size))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -2240,20 +2210,20 @@ class HeadLoss(torch.autograd.Function):
         (N, C), V, exact = x.shape, weight.size(0), torch.promote_types(x.dtype, torch.float32)
         products = (Float8HeadProducts if settings.fp8 else HeadProducts)(x, weight, settings.scaled)
         targets = F.pad(targets, (0, products.x.size(0) - N), value=IGNORED)
-        shares = shares.to(exact) / (targets != IGNORED).sum(1)  # of one target
-        scale = shares.abs().sum()  # left to backward(): a token's share of the mean is too small for fp16
+        weights = shares.to(exact) / (targets != IGNORED).sum(1)  # (K,), of a single target's loss
+        scale = weights.abs().sum()  # left to backward(): a token's share of the mean is too small for fp16
         dx = torch.empty_like(products.x)
         dweight = torch.zeros(products.weight.shape, dtype=exact, device=x.device) if settings.gradient else None
         loss = torch.zeros_like(scale)
-        for rows in parts_of(targets.size(1), settings.logits_at_once // V):
-            logits = products.logits(rows)
-            gradients = (logits, products.memory8(logits)) if settings.gradient else ()
-            losses = settings.softmax_losses(logits, targets[:, rows], shares / scale, V, settings.clamp,
+        for tokens in parts_of(targets.size(1), settings.logits_at_once // V):
+            logits = products.logits(tokens)
+            gradients = (logits, products.memory8(logits)) if settings.gradient else ()  # in place of the logits
+            losses = settings.softmax_losses(logits, targets[:, tokens], weights / scale, V, settings.clamp,
                                              settings.softcap, *gradients)
-            loss += (shares * losses.sum(1)).sum()
+            loss += (weights * losses.sum(1)).sum()
             if gradients:
-                products.gradient_of_x(logits, gradients[1], out=dx[rows])
-                products.add_gradient_of_weight(rows, logits, dweight)
+                products.gradient_of_x(*gradients, out=dx[tokens])
+                products.add_gradient_of_weight(tokens, gradients[0], dweight)
             del logits, gradients  # before the next part's are made
         if settings.gradient:
             ctx.save_for_backward(dx[:N, :C].to(x.dtype), dweight[:V, :C], scale)
@@ -2274,7 +2244,7 @@ class HeadLoss(torch.autograd.Function):
 
 def momentum_step(gradient, mean, momentum, skipped):
     """(Nesterov's update, the mean of the gradients after this step) of stacked matrices (n, a, b). Where `skipped`, a
-    tensor, is not 0, the mean stays."""
+    tensor, is not 0, the mean stays; so do evened()'s squares and updated()'s weights."""
     after = torch.where(skipped != 0, mean, momentum * mean + (1 - momentum) * gradient)
     return momentum * after + (1 - momentum) * gradient, after
 
@@ -2292,34 +2262,43 @@ def orthogonalized(x):
 
 
 def evened(update, squares, beta2, skipped):
-    """(Updates (n, a, b), a <= b, of which each column, in a square matrix each row, is divided by the root of its mean
-    square over the steps, and the whole as large as before; those mean squares (n, b) after this step). NorMuon (Li et
-    al. 2025, arXiv:2510.05491), which has rows alone. Where `skipped`, a tensor, is not 0, the squares stay."""
+    """(The updates (n, a, b), a <= b, evened; the mean squares (n, b) after this step). Each column, in a square matrix
+    each row, is divided by the root of its mean square over the steps, and then each matrix is made as large as it was.
+    NorMuon (Li et al. 2025, arXiv:2510.05491), which divides a weight's rows whatever its shape."""
     update, across = update.to(squares.dtype), 2 if update.size(1) == update.size(2) else 1
     squares = squares.unsqueeze(across)
     after = beta2 * squares + (1 - beta2) * update.square().mean(across, keepdim=True)
     after = torch.where(skipped != 0, squares, after)
     even = update / (after.sqrt() + 1e-10)
-    sizes = [z.norm(dim=(1, 2), keepdim=True) for z in (update, even)]
-    return even * (sizes[0] / sizes[1].clamp(min=1e-10)), after.squeeze(across)
+    size_before, size = (z.norm(dim=(1, 2), keepdim=True) for z in (update, even))
+    return even * (size_before / size.clamp(min=1e-10)), after.squeeze(across)
 
 
 def updated(weight, update, factors, lr, decay, cautious, skipped):
-    """Stacked weights (n, a, b) less lr times factors (n, 1, 1) times the update, first decayed by lr times `decay`;
-    cautious: only where the update makes them smaller too (Chen et al. 2025, arXiv:2510.12402). Where `skipped`, a
-    tensor, is not 0, they stay."""
+    """Stacked weights (n, a, b), decayed by lr times `decay`, less lr times factors (n, 1, 1) times the update.
+    Cautious: they decay only where the update makes them smaller too (Chen et al. 2025, arXiv:2510.12402)."""
     update = factors * update.to(weight.dtype)
     kept = 1 - lr * decay * (weight * update > 0) if cautious else 1 - lr * decay
     return torch.where(skipped != 0, weight, weight * kept - lr * update)
 
 
 def longer_sides(p, parts):
-    """Of the matrices that lie in a parameter."""
+    """Those of the matrices that lie in a parameter."""
     return [max(rows, p.size(1)) for rows in parts]
 
 
+def shape_factor(rows, columns):
+    """What Muon multiplies a matrix's update by."""
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def laid_wide(matrices):
+    """(..., a, b), transposed if that makes a <= b."""
+    return matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
+
+
 def gathered(share, length, dim):
-    """A tensor of some length along a dimension, of which each process has the next -(-length // processes)."""
+    """The whole tensor, so long along a dimension, of which each process has the next ceil(length / processes)."""
     size = dist.get_world_size()
     missing = -(-length // size) - share.size(dim)
     share = torch.cat([share, share.new_zeros(*share.shape[:dim], missing, *share.shape[dim + 1 :])], dim)
@@ -2333,10 +2312,10 @@ class Muon(torch.optim.Optimizer):
     times sqrt(max(1, rows / columns)). The arithmetic and the defaults are those of torch.optim.Muon; with beta2 it is
     NorMuon, see evened().
 
-    group["parts"] says for each parameter of how many rows the matrices are that lie in it one below the other. All
-    matrices of one shape, or its transpose, are updated together; of several processes each orthogonalises its share.
-    Of sharded parameters each process has some rows, and of their momentum; see step_of_shards().
-    `found_inf`, a tensor, if it is set: where it is not 0, weights and momentum stay.
+    Several matrices may lie one below the other in a parameter: group["parts"] has a tuple for each parameter, the
+    numbers of their rows. Matrices of one shape, or its transpose, are updated together, as a stack (n, a, b) with
+    a <= b; of several processes each orthogonalises a share of it. `found_inf`, a tensor, if it is set: where it is not
+    0, weights and momentum stay.
     """
 
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.1, cautious=False, beta2=0.0):
@@ -2344,7 +2323,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self.found_inf = None
         self.momentum_step, self.updated, self.evened = momentum_step, updated, evened  # or compiled
-        self.factors = {}  # on the device, to which a copy in each step would make the host wait
+        self.factors = {}  # shape_factor()s, kept on the device: to copy them there in each step makes the host wait
 
     def state_like(self, group, i):
         """What is kept of a group's parameter, as tensors of the shape."""
@@ -2355,7 +2334,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            shapes, shards = collections.defaultdict(list), collections.defaultdict(list)
+            stacks, sharded = collections.defaultdict(list), collections.defaultdict(list)
             for i, (p, parts) in enumerate(zip(group["params"], group["parts"])):
                 if p.grad is None:
                     continue
@@ -2363,75 +2342,78 @@ class Muon(torch.optim.Optimizer):
                     like = self.state_like(group, i)
                     self.state[p].update({name: torch.zeros_like(tensor) for name, tensor in like.items()})
                 if hasattr(p, "full_tensor"):
-                    shards[p.shape, tuple(parts)].append(p)
+                    sharded[p.shape, tuple(parts)].append(p)
                     continue
-                mean, squares = self.state[p]["momentum_buffer"], [None] * len(parts)
-                if group["beta2"]:
-                    squares = self.state[p]["square_buffer"].split(longer_sides(p, parts))
-                for *matrix, square in zip(*(tensor.split(parts) for tensor in (p, p.grad, mean)), squares):
-                    tall = matrix[0].size(0) > matrix[0].size(1)
-                    weight, gradient, mean_part = (z.mT if tall else z for z in matrix)
-                    factor = math.sqrt(weight.size(1) / weight.size(0)) if tall else 1.0
-                    shapes[weight.shape].append((weight, gradient, mean_part, square, factor))
-            for matrices in shapes.values():
-                self.update(group, *zip(*matrices))
-            for (_, parts), params in shards.items():
+                for matrix in self.matrices_of(group, p, parts):
+                    stacks[matrix[0].shape].append(matrix)
+            for matrices in stacks.values():
+                self.step_of_stack(group, *zip(*matrices))
+            for (_, parts), params in sharded.items():
                 self.step_of_shards(group, params, parts)
 
-    def update(self, group, weights, gradients, means, squares, factors):
-        """One step of matrices of one shape."""
-        skipped = weights[0].new_zeros(()) if self.found_inf is None else self.found_inf
+    def matrices_of(self, group, p, parts):
+        """(weight, gradient, mean, squares, factor) of each matrix that lies in a parameter: three views (a, b), laid
+        wide, NorMuon's mean squares (b,) or None, and a number."""
+        tensors = (tensor.split(parts) for tensor in (p, p.grad, self.state[p]["momentum_buffer"]))
+        for weight, gradient, mean, squares in zip(*tensors, self.squares_of(group, p, parts)):
+            factor = shape_factor(*weight.shape)
+            yield laid_wide(weight), laid_wide(gradient), laid_wide(mean), squares, factor
+
+    def squares_of(self, group, p, parts):
+        """NorMuon's mean squares of each matrix that lies in a parameter, None without it."""
+        return self.state[p]["square_buffer"].split(longer_sides(p, parts)) if group["beta2"] else [None] * len(parts)
+
+    def step_of_stack(self, group, weights, gradients, means, squares, factors):
+        """One step of matrices of one shape, each argument with one item a matrix, as matrices_of() gives it."""
         if factors not in self.factors:
             self.factors[factors] = weights[0].new_tensor(factors).view(-1, 1, 1)
-        self.apply(group, weights, gradients, means, self.factors[factors], skipped,
-                   lambda update: self.direction(group, update, squares, skipped))
+        self.apply(group, weights, gradients, means, self.factors[factors], partial(self.direction, group, squares))
 
-    def apply(self, group, weights, gradients, means, factors, skipped, direction):
-        """The momentum of some tensors of one shape, what direction() makes of the update, the weights."""
+    def step_of_shards(self, group, params, parts):
+        """One step of sharded parameters (rows, columns) of one shape and with the same parts. Each process has some of
+        the rows, and updates momentum and weights of those. Between the two the updates are gathered, whole, of this
+        shape alone and in the type of products: as much is sent once more as orthogonalized_by_all() sends."""
+        rows, columns = params[0].shape
+        weights = [p.to_local() for p in params]
+        gradients = [p.grad.to_local() for p in params]
+        means = [self.state[p]["momentum_buffer"].to_local() for p in params]
+        first = dist.get_rank() * -(-rows // dist.get_world_size())  # as FSDP2 shards
+        own = slice(first, first + len(weights[0]))
+        if (parts, columns) not in self.factors:
+            of_rows = [shape_factor(count, columns) for count in parts for _ in range(count)]
+            self.factors[parts, columns] = weights[0].new_tensor(of_rows[own]).view(1, -1, 1)
+        squares = list(zip(*(self.squares_of(group, p, parts) for p in params)))  # of each part those of all params
+
+        def direction_of_own_rows(skipped, update):
+            whole_update = gathered(update.bfloat16() if update.is_cuda else update, rows, dim=1)
+            directed = [self.direction(group, of_part, skipped, stack)
+                        for of_part, stack in zip(squares, whole_update.split(parts, dim=1))]
+            return torch.cat(directed, dim=1)[:, own]
+
+        self.apply(group, weights, gradients, means, self.factors[parts, columns], direction_of_own_rows)
+
+    def apply(self, group, weights, gradients, means, factors, direction):
+        """Update the means, then by what direction(skipped, update) makes of Nesterov's update the weights, stacked."""
+        skipped = weights[0].new_zeros(()) if self.found_inf is None else self.found_inf
         weight, gradient, mean = map(torch.stack, (weights, gradients, means))
         lr, momentum = (torch.tensor(group[name]) for name in ("lr", "momentum"))  # numbers would be compiled anew
         update, mean = self.momentum_step(gradient, mean, momentum, skipped)
-        update = direction(update)
+        update = direction(skipped, update)
         weight = self.updated(weight, update, factors, lr, group["weight_decay"], group["cautious"], skipped)
         torch._foreach_copy_(weights, weight.unbind())
         torch._foreach_copy_(means, mean.unbind())
 
-    def direction(self, group, update, squares, skipped):
-        """What the update (n, a, b), a <= b, becomes: orthogonalised and, with beta2, evened."""
-        update = self.by_all(update)
+    def direction(self, group, squares, skipped, update):
+        """What a stack of updates (n, a, b) becomes: orthogonalised and, with beta2, evened."""
+        tall = update.size(1) > update.size(2)
+        update = self.orthogonalized_by_all(laid_wide(update))
         if group["beta2"]:
             update, square = self.evened(update, torch.stack(squares), group["beta2"], skipped)
             torch._foreach_copy_(squares, square.unbind())
-        return update
+        return update.mT if tall else update
 
-    def step_of_shards(self, group, params, parts):
-        """One step of sharded parameters of one shape. Their momentum is a share like theirs; the update is gathered
-        whole, in the type of its products, for this shape alone: on top of what update() sends, as much once more."""
-        local = [[z.to_local() for z in each] for each in (
-            params, [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params])]
-        rows, columns = params[0].shape
-        first, mine = dist.get_rank() * -(-rows // dist.get_world_size()), len(local[0][0])
-        skipped = local[0][0].new_zeros(()) if self.found_inf is None else self.found_inf
-        if (parts, columns) not in self.factors:
-            of_rows = [math.sqrt(max(1.0, count / columns)) for count in parts for _ in range(count)]
-            self.factors[parts, columns] = local[0][0].new_tensor(of_rows[first : first + mine]).view(1, -1, 1)
-
-        def direction(update):
-            update = gathered(update.bfloat16() if update.is_cuda else update, rows, 1)
-            squares, directed = [[None] * len(params)] * len(parts), []
-            if group["beta2"]:
-                each = [self.state[p]["square_buffer"].split(longer_sides(p, parts)) for p in params]
-                squares = list(zip(*each))
-            for z, square in zip(update.split(parts, 1), squares):
-                tall = z.size(1) > z.size(2)
-                z = self.direction(group, z.mT if tall else z, square, skipped)
-                directed.append(z.mT if tall else z)
-            return torch.cat(directed, 1)[:, first : first + mine]
-
-        self.apply(group, *local, self.factors[parts, columns], skipped, direction)
-
-    def by_all(self, update):
-        """The update orthogonalised, each process a share of its matrices."""
+    def orthogonalized_by_all(self, update):
+        """A stack of updates orthogonalised, each process a share of its matrices."""
         size = dist.get_world_size() if dist.is_initialized() else 1
         if size == 1:
             return orthogonalized(update)
@@ -2507,28 +2489,25 @@ def make_optimizer(model, run, device):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with decay on matrices only; with optimizer=muon the blocks'
     matrices are Muon's, and nothing else is decayed. Each parameter is in one group, whose learning rate is that of the
     plan times relative_lr."""
-    groups, rows = parameter_groups(model), []
-    muons = groups.pop("matrices") if run.optimizer == "muon" else []
+    parameters, groups = parameter_groups(model), []
+    muons = parameters.pop("matrices") if run.optimizer == "muon" else []
     rates = dict(embeddings=run.embedding_lr, values=run.value_lr or run.embedding_lr, head=run.head_lr,
                  scalars=run.scalar_lr)  # 0: learning_rate
     decayed = ("embeddings", "values", "matrices", "head") if run.optimizer == "adamw" else ()
-    for name, params in groups.items():
+    for name, params in parameters.items():
         rate, decay = rates.get(name) or run.learning_rate, run.weight_decay if name in decayed else 0.0
-        rows.append(dict(name=name, params=params, lr=rate, weight_decay=decay, relative_lr=relative(rate, run)))
-    rows = [row for row in rows if row["params"]]
-    each = [torch.optim.AdamW(rows, lr=run.learning_rate, betas=(run.beta1, run.beta2), eps=run.adam_eps,
+        groups += [dict(name=name, params=params, lr=rate, weight_decay=decay)] if params else []
+    each = [torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2), eps=run.adam_eps,
                               fused=device.type == "cuda")]
     if muons:
         parts = {id(module.weight): module.parts for module in model.modules() if isinstance(module, Linear)}
-        row = dict(name="matrices (Muon)", params=muons, parts=[parts.get(id(p), (len(p),)) for p in muons])
-        row["relative_lr"] = relative(run.muon_lr, run)
-        each.append(Muon([row], run.muon_lr, run.muon_momentum, run.weight_decay, run.cautious_weight_decay,
+        group = dict(name="matrices (Muon)", params=muons, parts=[parts.get(id(p), (len(p),)) for p in muons])
+        each.append(Muon([group], run.muon_lr, run.muon_momentum, run.weight_decay, run.cautious_weight_decay,
                          run.muon_beta2))
-    return Optimizers(*each)
-
-
-def relative(rate, run):
-    return rate / run.learning_rate if run.learning_rate else 1.0
+    optimizer = Optimizers(*each)
+    for group in optimizer.param_groups:
+        group["relative_lr"] = group["lr"] / run.learning_rate if run.learning_rate else 1.0
+    return optimizer
 
 
 class Plan(NamedTuple):
@@ -2574,12 +2553,13 @@ def fitted(run, step_seconds, done):
     return dataclasses.replace(run, num_iterations=steps, warmdown_iters=warmdown)
 
 
-def apply_plan(row, model, optimizer):
+def apply_plan(scheduled, model, optimizer):
+    """Put a step's Plan where the update and the loss read it."""
     for group in optimizer.param_groups:
-        group["lr"] = row.lr * group["relative_lr"]
+        group["lr"] = scheduled.lr * group["relative_lr"]
         if "momentum" in group:
-            group["momentum"] = row.momentum
-    model.mtp_weight_buffer.fill_(row.mtp_weight)
+            group["momentum"] = scheduled.momentum
+    model.mtp_weight_buffer.fill_(scheduled.mtp_weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2684,32 +2664,32 @@ def description(pattern):
     return f"{len(files)} files of {size:,} bytes ({sha256.hexdigest()[:8]})"
 
 
-def to_device(rows, T, lookahead, device):
-    """Rows (B, T + lookahead) as inputs (B, T) and {"target_k": (B, T)} on the device, copied without waiting."""
-    rows = torch.from_numpy(rows)
+def to_device(tokens, T, lookahead, device):
+    """Tokens (B, T + lookahead) as inputs (B, T) and {"target_k": (B, T)} on the device, copied without waiting."""
+    tokens = torch.from_numpy(tokens)
     if device.type == "cuda":
-        rows = rows.pin_memory()
-    rows = rows.to(device, non_blocking=True)
-    return rows[:, :T].clamp(min=0), {f"target_{k}": rows[:, k : k + T] for k in range(1, lookahead + 1)}
+        tokens = tokens.pin_memory()
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :T].clamp(min=0), {f"target_{k}": tokens[:, k : k + T] for k in range(1, lookahead + 1)}
 
 
 class DistributedDataLoader:
     """Endless training batches of this process.
 
-    Row i of an epoch is tokens [iT, iT + T + lookahead) of the joined shards; with shuffle the rows are permuted by
-    (seed, epoch). A step takes the next rows, in micro-batches that the processes take in turn: so a step trains on the
-    same rows for any number of processes. An epoch ends where a whole step no longer fits. The next batch is copied
-    while the device computes with the one before.
+    Sequence i of an epoch is tokens [iT, iT + T + lookahead) of the joined shards; with shuffle the sequences are
+    permuted by (seed, epoch). A step takes the next ones, in micro-batches that the processes take in turn: so a step
+    trains on the same sequences for any number of processes. An epoch ends where a whole step no longer fits. The next
+    batch is copied while the device computes with the one before.
 
-    The rows of the three steps to come are read ahead: what cannot be read then stands in `error`, and the processes
-    have time to stop together and save before it is missed (on a GPU each hears of the others two steps later).
+    Three steps are read ahead: an error in reading stands in `error`, and the processes have time to stop together and
+    save before those tokens are missed (on a GPU each hears of the others two steps later).
     """
 
     def __init__(self, shards, run, lookahead, world):
         self.shards, self.lookahead, self.world, self.device = shards, lookahead, world, world.device
         self.B, self.T, self.micro_batches = run.batch_size, run.sequence_length, run.grad_accumulation_steps
         self.seed, self.tokens_per_step = run.seed if run.shuffle else None, run.tokens_per_step
-        self.turns = range(world.rank, self.micro_batches, world.size)
+        self.turns = range(world.rank, self.micro_batches, world.size)  # this process's micro-batches of a step
         self.epoch_order = None, None  # epoch, its permutation
         self.seconds = 0.0  # spent on batches: while a GPU computes, the host has them
         needed = run.tokens_per_step + lookahead
@@ -2725,16 +2705,17 @@ class DistributedDataLoader:
     def load_state_dict(self, state):
         self.cursor = dict(state)
         self.batches = self.iterate(state["epoch"], state["tokens"])
-        self.queue, self.ahead, self.error = collections.deque(), None, None
+        self.queue, self.error = collections.deque(), None  # batches that are read; what ended the reading
+        self.uploaded = None  # the next batch, on the device
 
     def next_batch(self):
         """(inputs (B, T), {"target_k": (B, T)}), token ids on the device. Raises DataError for shards that cannot be
         read any more."""
         begin = time.perf_counter()
         self.read_ahead()
-        x, targets, self.cursor = self.ahead or self.upload()
+        x, targets, self.cursor = self.uploaded or self.upload()
         self.read_ahead()
-        self.ahead = self.upload() if self.queue else None
+        self.uploaded = self.upload() if self.queue else None
         self.seconds += time.perf_counter() - begin
         return x, targets
 
@@ -2748,20 +2729,21 @@ class DistributedDataLoader:
     def upload(self):
         if not self.queue:
             raise self.error
-        rows, cursor = self.queue.popleft()
-        return *to_device(rows, self.T, self.lookahead, self.device), cursor
+        tokens, cursor = self.queue.popleft()
+        return *to_device(tokens, self.T, self.lookahead, self.device), cursor
 
     def iterate(self, epoch, tokens):
-        """This process's batches, as rows (B, T + lookahead), each with the cursor after it."""
+        """This process's batches, as tokens (B, T + lookahead), each with the cursor after it."""
         while True:
-            epoch, tokens, rows = self.rows_of_step(epoch, tokens)
+            epoch, tokens, numbers = self.sequences_of_step(epoch, tokens)
             for turn in self.turns:
                 done = tokens + (self.tokens_per_step if turn == self.turns[-1] else 0)
-                yield self.read_rows(rows[turn * self.B : (turn + 1) * self.B]), dict(epoch=epoch, tokens=done)
+                micro_batch = self.read_sequences(numbers[turn * self.B : (turn + 1) * self.B])
+                yield micro_batch, dict(epoch=epoch, tokens=done)
             tokens += self.tokens_per_step
 
-    def rows_of_step(self, epoch, tokens):
-        """(epoch, tokens, row numbers) of the step that a cursor stands before."""
+    def sequences_of_step(self, epoch, tokens):
+        """(epoch, tokens, numbers of the sequences) of the step that a cursor stands before."""
         if tokens + self.tokens_per_step + self.lookahead > self.shards.total:
             epoch, tokens = epoch + 1, 0
         places = np.arange(self.B * self.micro_batches) + tokens // self.T
@@ -2772,8 +2754,8 @@ class DistributedDataLoader:
             self.epoch_order = epoch, np.random.default_rng((self.seed, epoch)).permutation(count)
         return epoch, tokens, self.epoch_order[1][places]
 
-    def read_rows(self, numbers):
-        """Rows by their numbers, as int64 (len(numbers), T + lookahead)."""
+    def read_sequences(self, numbers):
+        """Sequences by their numbers, as int64 (len(numbers), T + lookahead)."""
         width, first = self.T + self.lookahead, int(numbers[0])
         if self.seed is None:  # they lie side by side
             tokens = self.shards.read(first * self.T, (len(numbers) - 1) * self.T + width)
@@ -2783,18 +2765,18 @@ class DistributedDataLoader:
 
 def validation_batches(shards, run, lookahead, world, together=False):
     """The first val_tokens targets (or all there are) as consecutive windows of T without overlap: this process's
-    batches as (inputs, targets, number of next-token targets), all of one shape, filled up with IGNORED targets. Where
-    all take part in each forward pass together, some have a last one of no targets that count."""
+    batches as (inputs, targets, number of next-token targets), all of one shape, filled up with IGNORED targets.
+    Together: each process has as many batches, the last perhaps of token 0 alone, with a number of 0."""
     B, T = run.val_batch_size or run.batch_size, run.sequence_length
-    targets = min(run.val_tokens, shards.total - 1)
-    end = targets + (-targets % (world.size * B * T) if together else 0)
-    for start in range(world.rank * B * T, end, world.size * B * T):
-        rows = np.full((B, T + lookahead), IGNORED if start < targets else 0, dtype=np.int64)
+    targets, stride = min(run.val_tokens, shards.total - 1), world.size * B * T
+    end = targets + (-targets % stride if together else 0)
+    for start in range(world.rank * B * T, end, stride):
+        batch = np.full((B, T + lookahead), IGNORED if start < targets else 0, dtype=np.int64)
         for i, first in enumerate(range(start, min(start + B * T, targets), T)):
             last = first + T + lookahead if first + T <= targets else targets + 1
             tokens = shards.read(first, min(last, shards.total) - first)
-            rows[i, : len(tokens)] = tokens
-        yield *to_device(rows, T, lookahead, world.device), max(0, min(start + B * T, targets) - start)
+            batch[i, : len(tokens)] = tokens
+        yield *to_device(batch, T, lookahead, world.device), max(0, min(start + B * T, targets) - start)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2969,7 +2951,7 @@ class TrainState:
             step=self.step, tokens=self.tokens, seconds=self.seconds, skipped=self.skipped,
         )
 
-    def is_like(self, state):
+    def can_load(self, state):
         """Whether a checkpoint's content has the form of this state. A file whose checksum is right need not."""
         moments, every = state["optimizer"]["state"], self.optimizer.state_like()
         like = {i: every[i] for i in moments}
@@ -3118,9 +3100,10 @@ class Saver:
         self.settings = dict(network=dataclasses.asdict(config), run=dataclasses.asdict(run), run_id=run_id,
                              made_by=environment(world))
         self.folder = Path(run.output_dir) / run_id
-        self.newest, self.saved_step = resumed_from, state.step if resumed_from else None  # of those that are whole
-        self.writing, self.copies, self.error = None, {}, None
-        self.mark, self.waited, self.rollbacks = time.monotonic(), 0.0, 0  # of and since the last save
+        self.newest, self.rollbacks = resumed_from, 0  # the newest file that is whole; how often a run went back to it
+        self.saved_step = state.step if resumed_from else None  # of which a file is there, or being written
+        self.writing, self.copies, self.error = None, {}, None  # the last write's error, if it failed
+        self.mark, self.waited = time.monotonic(), 0.0  # when the last save began, how long training waited for it
 
     def refit(self, run):
         """The run has another length from now on."""
@@ -3231,38 +3214,42 @@ def load_checkpoint(path, parts=CHECKPOINT, flag="resume"):
     run (weights_only)."""
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path} is not a file; name another")
-        verify_checksum(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an error of one line is to come
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        held = set(content) if isinstance(content, dict) and content["format"] == 2 else set()
-        require(parts <= held or not WEIGHTS <= held, f"{flag}={path} holds weights and no training state; start from "
-                "them with --init_from")
-        named = parts <= held and "model" in content["run"]
-        if not named or not re.fullmatch(r"\w[\w.-]*", content.get("run_id", "none"), re.ASCII):
-            raise DataError(f"{path} is not a checkpoint of this script; name another")
-        unknown = sorted(set(content["network"]) - {f.name for f in dataclasses.fields(GPTConfig)})
-        if unknown:
-            raise DataError(f"{path} holds a network with {', '.join(unknown)}, unknown here; use the program, or the "
-                            "version of it, that trained it")
-        content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
-        if "step" in parts:  # more than --init_from needs
-            content["run"] = dataclasses.asdict(TrainConfig(**content["run"]))
+        return read_checkpoint(path, parts, flag)
+    except (ConfigError, DataError):
+        raise
     except FileNotFoundError as e:
         raise ConfigError(f"{flag}={path} does not exist; name a .pt file of a run's folder"
                           + ", or auto" * (flag == "resume")) from e
-    except ConfigError as e:
-        if str(e).startswith(f"{flag}={path}"):
-            raise
-        raise DataError(f"{path} holds a configuration that cannot be ({e}); name another") from e
-    except DataError:
-        raise
     except OSError as e:
         raise DataError(f"{path} cannot be read ({e.strerror}); name another") from e
     except Exception as e:  # torch.load raises many kinds
         raise DataError(f"{path} cannot be read as a checkpoint ({type(e).__name__}); name another") from e
+
+
+def read_checkpoint(path, parts, flag):
+    """The same, where the file is there and torch can read it."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is not a file; name another")
+    verify_checksum(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an error of one line is to come
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    held = set(content) if isinstance(content, dict) and content["format"] == 2 else set()
+    require(parts <= held or not WEIGHTS <= held, f"{flag}={path} holds weights and no training state; start from "
+            "them with --init_from")
+    named = parts <= held and "model" in content["run"]
+    if not named or not re.fullmatch(r"\w[\w.-]*", content.get("run_id", "none"), re.ASCII):
+        raise DataError(f"{path} is not a checkpoint of this script; name another")
+    unknown = sorted(set(content["network"]) - {f.name for f in dataclasses.fields(GPTConfig)})
+    if unknown:
+        raise DataError(f"{path} holds a network with {', '.join(unknown)}, unknown here; use the program, or the "
+                        "version of it, that trained it")
+    try:
+        content["network"] = dataclasses.asdict(GPTConfig(**content["network"]))
+        if "step" in parts:  # more than --init_from needs
+            content["run"] = dataclasses.asdict(TrainConfig(**content["run"]))
+    except ConfigError as e:
+        raise DataError(f"{path} holds a configuration that cannot be ({e}); name another") from e
     return content
 
 
@@ -3276,33 +3263,33 @@ def how_to_go_on(saved):
     return "--resume auto goes on" if saved else "begin again, for there is no checkpoint yet"
 
 
-def load_newest(paths, fits):
-    """(path, content, notes) of the first of these checkpoints that is whole and whose network fits; path and content
-    None where there is none. Each damaged one is named in the notes. Raises DataError where all are damaged."""
-    notes, whole = [], 0
+def load_first_whole(paths, wanted):
+    """(path, content, notes on damaged ones) of the first of these checkpoints that is whole and has the wanted fields
+    of a network, {name: value}; path and content None where none is. Raises DataError where all are damaged."""
+    damaged, others = [], []
     for path in paths:
         try:
             content = load_checkpoint(path)
         except (ConfigError, DataError) as e:
-            notes.append(f"passed over: {e}".removesuffix("; name another"))
+            damaged.append(f"passed over: {e}".removesuffix("; name another"))
             continue
-        whole += 1
-        if fits(GPTConfig(**content["network"]).network()):
-            return path, content, notes
-    if notes and not whole:
-        raise DataError(f"there is nothing whole to resume ({'; '.join(notes)}); remove them to start afresh")
-    return None, None, notes
+        if wanted.items() <= content["network"].items():
+            return path, content, damaged
+        others.append(path)
+    if damaged and not others:
+        raise DataError(f"there is nothing whole to resume ({'; '.join(damaged)}); remove them to start afresh")
+    return None, None, damaged
 
 
-def candidates(output_dir, fits):
-    """The checkpoints in output_dir, of the newest run first, without runs whose config.json has a network that does
-    not fit."""
+def checkpoints_of_runs(output_dir, wanted):
+    """The checkpoints in output_dir, of the newest run first, without the runs whose config.json has not the wanted
+    fields of a network, {name: value}."""
     for folder in sorted(Path(output_dir).glob("*/"), key=lambda p: p.name, reverse=True):
         try:
             network = GPTConfig(**json.loads((folder / "config.json").read_text())["network"]).network()
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            network = None  # the checkpoints themselves say
-        if network is None or fits(network):
+            network = wanted  # the checkpoints themselves say
+        if wanted.items() <= network.items():
             yield from checkpoints_of(folder)
 
 
@@ -3368,7 +3355,7 @@ def evaluate(model, shards, config, run, world, numerics, signals=None):
     val_mtp_loss has MTP's auxiliary loss at its present weight (where the last window is cut short, its further targets
     are fewer, and their weight depends a little on the batch)."""
     exact = torch.float32 if world.device.type == "mps" else torch.float64
-    sums = torch.zeros(4, dtype=exact, device=world.device)
+    sums = torch.zeros(4, dtype=exact, device=world.device)  # main and aux loss, targets, processes that stopped
     model.eval()
     together = run.parallel == "fsdp"  # and nobody can leave
     for x, targets, count in validation_batches(shards, run, config.lookahead, world, together):
@@ -3409,11 +3396,12 @@ class Meter:
     def resume(self):
         self.mark = time.perf_counter()
 
-    def submit(self, numbers, grad_norm, statistics, row, cursor):
+    def submit(self, numbers, grad_norm, statistics, scheduled, cursor):
         """The step that was just queued: its loss and the requests, the same on all processes, as a tensor; the norm of
-        its gradient; its layer_statistics(); its plan; the data cursor before it."""
+        its gradient; its layer_statistics(); its Plan; the data cursor before it."""
+        names = ["loss", *self.REQUESTS, "grad_norm", *statistics]
         read = self.world.read_later(torch.cat([numbers, torch.stack([grad_norm, *statistics.values()])]))
-        previous, self.pending = self.pending, (self.state.step, self.state.tokens, read, list(statistics), row, cursor)
+        previous, self.pending = self.pending, (self.state.step, self.state.tokens, names, read, scheduled, cursor)
         if previous:
             self.report(*previous)
         if self.world.device.type != "cuda":  # the host has waited already
@@ -3434,19 +3422,16 @@ class Meter:
 
     @contextlib.contextmanager
     def says_where_time_went(self):
-        """Logs it at the end, also of a run that is stopped."""
+        """Logs at the end, also of a run that is stopped, where the seconds since the start of train() went."""
         try:
             yield
         finally:
-            self.log.text(self.breakdown())
-
-    def breakdown(self):
-        """Where the seconds since the start of train() went, in one line."""
-        first, every = sum(self.first[:1]), time.perf_counter() - self.begin
-        parts = {"first step": first, "further steps": self.total - first, **self.others}
-        parts["the rest"] = every - sum(parts.values())
-        said = " + ".join(f"{what} {seconds:.1f}" for what, seconds in parts.items())
-        return f"time: {every:.1f} s = {said}; of the steps the host spent {self.state.loader.seconds:.2f} s on data"
+            first, every = sum(self.first[:1]), time.perf_counter() - self.begin
+            parts = {"first step": first, "further steps": self.total - first, **self.others}
+            parts["the rest"] = every - sum(parts.values())
+            said = " + ".join(f"{what} {seconds:.1f}" for what, seconds in parts.items())
+            on_data = f"of the steps the host spent {self.state.loader.seconds:.2f} s on data"
+            self.log.text(f"time: {every:.1f} s = {said}; {on_data}")
 
     @property
     def step_average(self):
@@ -3455,43 +3440,46 @@ class Meter:
         skipped = min(len(self.first), self.count // 2)
         return (self.total - sum(self.first[:skipped])) / (self.count - skipped)
 
-    def report(self, step, tokens, read, names, row, cursor):
-        loss, *figures = read()
-        asked, (grad_norm, *figures) = figures[: len(self.REQUESTS)], figures[len(self.REQUESTS):]
-        self.requests.update(name for name, count in zip(self.REQUESTS, asked) if count)
+    def count_step(self):
+        """The seconds of the step that has just ended, once they are counted."""
         now = time.perf_counter()
         seconds, self.mark = now - self.mark, now
+        self.state.seconds += seconds
         if self.profiling:
             self.others["profile"] += seconds
-        else:
-            self.count, self.total = self.count + 1, self.total + seconds
-            self.first += [seconds] if self.count <= TIMING_WARMUP_STEPS else []
-        self.state.seconds += seconds
-        if self.count == 1 and not self.profiling:
+            return seconds
+        self.count, self.total = self.count + 1, self.total + seconds
+        self.first += [seconds] if self.count <= TIMING_WARMUP_STEPS else []
+        if self.count == 1:
             self.log.text(f"first step done after {seconds:.1f} s, with what compiles and allocates")
+        return seconds
+
+    def report(self, step, tokens, names, read, scheduled, cursor):
+        """Log a submitted step, and judge it if its update was skipped."""
+        figures = dict(zip(names, read()))
+        loss, grad_norm = figures.pop("loss"), figures.pop("grad_norm")
+        self.requests.update(name for name in self.REQUESTS if figures.pop(name))
+        seconds = self.count_step()
         overflow = not math.isfinite(grad_norm)  # with a scaler only a step that lowers its scale
         skipped = not math.isfinite(loss) or (overflow and not self.state.numerics.scaler.is_enabled())
         rate = self.run.tokens_per_step / self.step_average
         per_gpu = rate * self.flops_per_token / self.world.size
-        planned = 60 * self.run.minutes if self.run.unfitted else self.run.num_iterations * self.step_average
+        whole_run = 60 * self.run.minutes if self.run.unfitted else self.run.num_iterations * self.step_average
+        momentum = dict(momentum=scheduled.momentum) if self.run.optimizer == "muon" else {}
         record = dict(
-            step=step, train_loss=loss, lr=row.lr, grad_norm=None if overflow else grad_norm,
-            mtp_weight=row.mtp_weight, **self.momentum(row), tokens=tokens, tokens_per_second=rate,
+            step=step, train_loss=None if skipped else loss, lr=scheduled.lr, grad_norm=None if overflow else grad_norm,
+            mtp_weight=scheduled.mtp_weight, **momentum, tokens=tokens, tokens_per_second=rate,
             mfu=per_gpu / self.peak_flops if self.peak_flops else None, peak_mem_MB=self.world.peak_memory_mb(),
             step_ms=1000 * seconds, step_avg_ms=1000 * self.step_average, time=1000 * self.state.seconds,
-            seconds_left=max(0.0, planned - step * self.step_average),
+            seconds_left=max(0.0, whole_run - step * self.step_average),
         )
-        record.update((name, value if math.isfinite(value) else None) for name, value in zip(names, figures))
+        record.update((name, value if math.isfinite(value) else None) for name, value in figures.items())
         if skipped:
-            record.update(train_loss=None, skipped=True)
+            record["skipped"] = True
         self.log.record(record, self.run.num_iterations)
         self.state.skipped = self.state.skipped + 1 if skipped else 0
         if skipped:
             self.judge(step, loss, grad_norm, cursor)
-
-    def momentum(self, row):
-        """Muon's, for a record."""
-        return dict(momentum=row.momentum) if self.run.optimizer == "muon" else {}
 
     def judge(self, step, loss, grad_norm, cursor):
         """What follows from a skipped update."""
@@ -3499,10 +3487,10 @@ class Meter:
         again = f"-{self.rolled_back}" if self.rolled_back else ""  # the step had another batch before
         path = Path(self.run.output_dir) / self.run_id / f"skipped{step:06d}{again}.npz"
         if self.world.is_main:
-            epoch, begin, rows = self.state.loader.rows_of_step(**cursor)
+            epoch, _, numbers = self.state.loader.sequences_of_step(**cursor)
             try:
-                tokens = self.state.loader.read_rows(rows).astype(np.uint16)
-                write_atomically(path, lambda f: np.savez(f, tokens=tokens, rows=rows, epoch=epoch, step=step))
+                tokens = self.state.loader.read_sequences(numbers).astype(np.uint16)
+                write_atomically(path, lambda f: np.savez(f, tokens=tokens, rows=numbers, epoch=epoch, step=step))
                 said += f"; its batch is in {path}"
             except (OSError, DataError) as e:
                 said += f"; its batch cannot be written ({e})"
@@ -3516,7 +3504,8 @@ class Meter:
 
 
 def due(step, every, last):
-    return step == last or (every > 0 and step % every == 0)
+    """Whether what is done each so many steps (0: never), and after the last one, is to be done after this many."""
+    return step > 0 and (step == last or (every > 0 and step % every == 0))
 
 
 def layers_of(model):
@@ -3582,11 +3571,11 @@ def layer_statistics(state, idx, wanted):
         found[f"update_ratio/{layer}"] = change / found[f"weight_norm/{layer}"]
 
 
-def train_step(model, state, row, run, world, asked):
+def train_step(model, state, scheduled, run, world, asked):
     """One optimizer step: forward and backward of this process's micro-batches, then the update. Gives tensors: the
     mean loss of the micro-batches and the share of the processes that asked for each of Meter.REQUESTS; the norm of the
     gradient; layer_statistics()."""
-    apply_plan(row, state.model, state.optimizer)
+    apply_plan(scheduled, state.model, state.optimizer)
     micro_steps = run.grad_accumulation_steps // world.size
     loss = 0.0
     for micro in range(micro_steps):
@@ -3629,8 +3618,8 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
           profiler(meter) as next_step):
         while True:
             saver.look()
-            validate = val_shards is not None and validation_due(state.step, run)
-            if validate or meter.requests or meter.rollback or save_due(state.step, run):
+            validate = val_shards is not None and due(state.step, run.val_loss_every, run.num_iterations)
+            if validate or meter.requests or meter.rollback or due(state.step, run.save_every, run.num_iterations):
                 meter.flush()
                 if meter.rollback:
                     roll_back(state, meter, saver, world, log)
@@ -3650,11 +3639,11 @@ def train(state, config, run, world, log, run_id, val_shards, resumed_from):
                 meter.resume()
             if state.step >= run.num_iterations:
                 break
-            row, cursor = plan(state.step, config, run), state.loader.state_dict()
+            scheduled, cursor = plan(state.step, config, run), state.loader.state_dict()
             asked = signals.asked is not None, world.is_main and saver.due(), state.loader.error is not None
-            figures = train_step(model, state, row, run, world, asked)
+            figures = train_step(model, state, scheduled, run, world, asked)
             state.step, state.tokens = state.step + 1, state.tokens + run.tokens_per_step
-            meter.submit(*figures, row, cursor)
+            meter.submit(*figures, scheduled, cursor)
             if run.unfitted and state.step - begun in FITTED_AT:
                 run = fit_to_minutes(state, run, meter, saver, world, log)
             next_step()
@@ -3714,15 +3703,6 @@ def profiler(meter):
             if steps <= begin:
                 log.text("profile: the run ended before the steps to trace; there is no trace")
 
-
-def validation_due(step, run):
-    """Whether the weights after this many steps are validated."""
-    return step > 0 and due(step, run.val_loss_every, run.num_iterations)
-
-
-def save_due(step, run):
-    """Whether the number of steps asks for a checkpoint, or for the end."""
-    return step > 0 and due(step, run.save_every, run.num_iterations)
 
 
 def end_if_asked(state, meter, signals, saver, world):
@@ -3792,67 +3772,82 @@ def kept_by_block(config):
     """Bytes of a token that a block keeps for its backward pass, as torch.compile chooses: the stream before each half,
     what makes a product's operand or the kernel of attention (q and k are copies, v keeps the product that made it),
     and in float8 no operand that can be made again."""
-    half, stream = BYTES.get(config.precision, (2, 2))
+    product, stream = BYTES.get(config.precision, (2, 2))  # bytes of a number
     C, F, H, K, D = config.n_embd, config.ffn_hidden, config.n_head, config.n_kv_head, config.head_dim
     projected, copied = (H + 2 * K) * D, (H + K) * D * (config.position == "rope" or config.qk_norm)
     if config.mixer == "latent":
         R, rank = config.rope_head_dim, config.kv_rank
         projected, copied = H * (D + R) + rank + R + 2 * H * D, 2 * H * (D + R)
+    attended, log_sums = H * D * product, 4 * H  # attention's output, the logs of its softmaxes' sums in fp32
     hidden = 2 * F if config.mlp == "swiglu" else F
-    operands = C if config.precision == "fp8" else half * (2 * C + F)
-    added = 2 * C * half if config.post_norm else 0  # attention's and the MLP's outputs, before their norms
+    operands = C if config.precision == "fp8" else (2 * C + F) * product
+    added = 2 * C * product * config.post_norm  # attention's and the MLP's outputs, before their norms
     added += C * stream * config.x0_lambdas  # the stream before it was mixed
-    added += 3 * C * half * len(config.smears & {"attention", "mlp"})
-    added += H * D * half * (config.attention_gate > 0)  # the heads' outputs, before
-    return 2 * C * stream + half * (projected + copied + H * D + hidden) + 4 * H + operands + added
+    added += 3 * C * product * len(config.smears & {"attention", "mlp"})
+    added += attended * (config.attention_gate > 0)  # before the gate
+    return 2 * C * stream + (projected + copied + hidden) * product + attended + log_sums + operands + added
+
+
+def planned_state(config, run, model, shares):
+    """(bytes of the fp32 weights, of the optimizer's means) on one GPU, with one of so many shares of them."""
+    parameters = model.parameter_count()
+    muons = sum(p.numel() for p in parameter_groups(model)["matrices"]) if run.optimizer == "muon" else 0
+    means = 4 * (2 * parameters - muons) // shares  # AdamW keeps two of each parameter, Muon one
+    weights = 4 * parameters // shares
+    if shares > 1:  # and whole: what is outside the blocks, the block that computes, and the one that comes
+        inside = sum(p.numel() for part in (model.transformer.h, model.mtp_blocks) for p in part.parameters())
+        number = 4 if config.precision == "fp8" else BYTES.get(config.precision, (2, 2))[0]
+        weights += 4 * (parameters - inside) + 2 * number * inside // (config.n_layer + len(model.mtp_blocks))
+    return weights, means
+
+
+def planned_head(config, model, tokens, training):
+    """(bytes of the first part of the logits, of them and what else the loss needs): what the heads read, the matrix in
+    the type of products and, training, the gradients of both."""
+    product, heads = BYTES.get(config.precision, (2, 2))[0], 1 + len(model.mtp_blocks)
+    streams, matrix = heads * tokens * config.n_embd * product, model.lm_head.weight.numel()
+    part = next(parts_of(tokens, FUSED_LOGITS_AT_ONCE // config.vocab_size))
+    with_float8 = training and config.precision in FLOAT8_HEADS  # the gradient beside the logits
+    logits = (part.stop - part.start) * config.vocab_size * (product + with_float8)
+    if not training:
+        return logits, logits + streams + product * matrix
+    # For each head a gradient of the matrix waits for backward(). One comes once more, scaled, where the logits were.
+    return logits, max(logits, 4 * matrix) + 2 * streams + product * matrix + 4 * heads * matrix
 
 
 def memory_plan(config, run, model, world_size=1, training=True):
     """Bytes on one GPU at the peak of compiled training (else of validation, run.batch_size being that of its batch),
-    by part: what is there with the first part of the logits. What a parameter needs follows from fp32 and AdamW (with
-    fsdp shared out), what a token needs from kept_by_block(); the head has a part of the logits, the gradients of x and
-    of its matrix, and the matrix itself in the type of products. Gradients of a single micro-batch come as activations
-    go."""
+    by part: what is there with the first part of the logits."""
     parameters, tokens = model.parameter_count(), run.batch_size * run.sequence_length
+    product, stream = BYTES.get(config.precision, (2, 2))
     shares = world_size if run.parallel == "fsdp" else 1
-    muons = sum(p.numel() for p in parameter_groups(model)["matrices"]) if run.optimizer == "muon" else 0
-    moments = (8 * parameters - 4 * muons) // shares
-    half, stream = BYTES.get(config.precision, (2, 2))
-    rows = next(parts_of(tokens, FUSED_LOGITS_AT_ONCE // config.vocab_size))
-    logits = (rows.stop - rows.start) * config.vocab_size * (half + (config.precision in FLOAT8_HEADS) * training)
+    weights, means = planned_state(config, run, model, shares)
+    logits, head = planned_head(config, model, tokens, training)
     blocks, block = config.n_layer + len(model.mtp_blocks), tokens * kept_by_block(config)
-    weights = 4 * parameters // shares
-    if shares > 1:  # and whole: what is outside the blocks, the block that computes, and the one that comes
-        inside = sum(p.numel() for part in (model.transformer.h, model.mtp_blocks) for p in part.parameters())
-        weights += 4 * (parameters - inside) + 2 * (4 if config.precision == "fp8" else half) * inside // blocks
-    matrix, heads = model.lm_head.weight.numel(), 1 + len(model.mtp_blocks)  # of each a gradient waits for backward()
-    streams = heads * tokens * config.n_embd * half * (2 if training else 1)
-    # Where the logits go, the gradient of the matrix comes once more, scaled.
-    head = max(logits, 4 * matrix * training) + streams + matrix * (half + 4 * heads * training)
     if not training:  # one block at a time, and nothing is kept for later
-        return dict(weights=weights, gradients=0, optimizer=moments, activations=block, head=head)
-    mixed = 3 * config.value_embeddings * config.n_kv_head * config.head_dim * half  # the rows, and v in two blocks
-    begun = config.n_embd * (config.embd_norm * stream + 3 * half * ("embedding" in config.smears))
-    kept, casts = blocks * block + tokens * (mixed + begun), 0
+        return dict(weights=weights, gradients=0, optimizer=means, activations=block, head=head)
     if config.gradient_checkpointing:
         kept = blocks * tokens * config.n_embd * stream + max(0, block - logits)
-    elif config.precision not in ("fp32", "fp8") and shares == 1:
-        # Each micro-batch keeps the blocks' matrices in the type of products; sharded they come in it.
-        casts = half * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
-    several = run.grad_accumulation_steps > world_size  # whose sum stays whole until the last; see gradient_sync()
-    several = several and (shares == 1 or run.gradient_dtype == "fp32")
-    gradients = 4 * parameters if several else max(0, 4 * parameters // shares - kept - head)
-    return dict(weights=weights + casts, gradients=gradients, optimizer=moments, activations=kept, head=head)
+    else:
+        values = 3 * config.value_embeddings * config.n_kv_head * config.head_dim * product  # and v in two blocks
+        begun = config.n_embd * (config.embd_norm * stream + 3 * product * ("embedding" in config.smears))
+        kept = blocks * block + tokens * (values + begun)
+        if config.precision not in ("fp32", "fp8") and shares == 1:
+            # Each micro-batch keeps the blocks' matrices in the type of products; sharded they come in it.
+            weights += product * sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    # A sum over micro-batches stays whole until the last, see gradient_sync(); those of one come as activations go.
+    summed = run.grad_accumulation_steps > world_size and (shares == 1 or run.gradient_dtype == "fp32")
+    gradients = 4 * parameters if summed else max(0, 4 * parameters // shares - kept - head)
+    return dict(weights=weights, gradients=gradients, optimizer=means, activations=kept, head=head)
 
 
 def parameters_by_part(model):
     """Parameters of embedding, attention, mlp, norms and head; the tied matrix is in the embedding."""
     counts = dict(embedding=0, attention=0, mlp=0, norms=0, head=0)
+    words = {".wte.": "embedding", ".wpe.": "embedding", "value_embeddings.": "embedding", ".attn.": "attention",
+             ".mlp.": "mlp", "lm_head.": "head"}
     for name, p in model.named_parameters():
-        words = {".wte.": "embedding", ".wpe.": "embedding", "value_embeddings.": "embedding", ".attn.": "attention",
-                 ".mlp.": "mlp", "lm_head.": "head"}
-        part = next((part for word, part in words.items() if word in name), "norms")
-        counts[part] += p.numel()
+        counts[next((part for word, part in words.items() if word in name), "norms")] += p.numel()
     return counts
 
 
@@ -3860,14 +3855,14 @@ def estimate_speeds(config, run, flops_per_token):
     """[(GPU, tokens/s of one, how that is known)] from docs/measured.json: measured for this preset, precision and
     number of FLOPs a token; else by the FLOP/s of the run there in this precision with the nearest number of them."""
     path = Path(__file__).parent / "docs" / "measured.json"
-    rows = json.loads(path.read_text())["runs"] if path.exists() else []
+    known = json.loads(path.read_text())["runs"] if path.exists() else []
     found = []
-    for gpu in sorted({row["gpu"] for row in rows}):
-        here = [row for row in rows if (row["gpu"], row["precision"]) == (gpu, config.precision)]
+    for gpu in sorted({other["gpu"] for other in known}):
+        here = [other for other in known if (other["gpu"], other["precision"]) == (gpu, config.precision)]
         if not here:
             continue
-        nearest = min(here, key=lambda row: (abs(math.log(row["flops_per_token"] / flops_per_token)),
-                                             row["model"] != run.model))
+        nearest = min(here, key=lambda other: (abs(math.log(other["flops_per_token"] / flops_per_token)),
+                                               other["model"] != run.model))
         exact = (nearest["model"], nearest["flops_per_token"]) == (run.model, flops_per_token)
         how = (f"measured with batches of {nearest['batch_size']}" if exact else
                f"estimated by the FLOP/s of {nearest['model']} in {nearest['precision']}")
@@ -3915,31 +3910,34 @@ def dry_run(typed, origin):
     return lines + ["another GPU: in the ratio of the two dense bf16 peaks"] * bool(speeds)
 
 
+def wanted_network(typed):
+    """What --resume auto asks of a run's network, {name: value}: what was typed makes one, or --init_from names it."""
+    shaping = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata["rebuilds"]} | PRESET_FLAGS
+    shaping = {name: typed[name] for name in shaping & typed.keys()}
+    wanted = resolve(shaping, ANY_MACHINE)[0].network() if shaping else {}
+    if "init_from" in typed:  # the run that began with those weights, if any
+        return GPTConfig(**load_weights(typed)[1]["network"]).network()
+    if "vocab_size" not in typed:
+        wanted.pop("vocab_size", None)  # it is the shards'
+    return wanted
+
+
 def find_resume(typed):
     """(path, content, notes) of the checkpoint that --resume means; path and content None for a fresh start."""
-    path = typed.get("resume")
-    require(path != "", "resume= names nothing; name a checkpoint or auto, or drop the flag")
+    if "resume" not in typed:
+        return None, None, []
+    path = typed["resume"]
+    require(path, "resume= names nothing; name a checkpoint or auto, or drop the flag")
     if path == "auto":
-        shaping = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata["rebuilds"]} | PRESET_FLAGS
-        shaping = {name: typed[name] for name in shaping & typed.keys()}
-        wanted = resolve(shaping, ANY_MACHINE)[0].network() if shaping else {}
-        if "init_from" in typed:  # the run that began with those weights, if any
-            wanted = GPTConfig(**load_weights(typed)[1]["network"]).network()
-        elif "vocab_size" not in typed:
-            wanted.pop("vocab_size", None)  # it is the shards'
-
-        def fits(network):
-            return all(network[name] == value for name, value in wanted.items())
-
-        path, content, notes = load_newest(candidates(typed.get("output_dir", TrainConfig.output_dir), fits), fits)
-    elif path and Path(path).is_dir():
-        found = checkpoints_of(Path(path))
-        require(found, f"resume={path} is a folder without checkpoints; name a run's folder, a .pt file, or auto")
-        path, content, notes = load_newest(found, lambda network: True)
-    elif path:
-        path, content, notes = Path(path), load_checkpoint(path), []
+        wanted = wanted_network(typed)
+        paths = checkpoints_of_runs(typed.get("output_dir", TrainConfig.output_dir), wanted)
+        path, content, notes = load_first_whole(paths, wanted)
+    elif Path(path).is_dir():
+        paths = checkpoints_of(Path(path))
+        require(paths, f"resume={path} is a folder without checkpoints; name a run's folder, a .pt file, or auto")
+        path, content, notes = load_first_whole(paths, wanted={})
     else:
-        path, content, notes = None, None, []
+        content, notes = load_checkpoint(path), []
     return path and Path(os.path.realpath(path)), content, notes
 
 
@@ -3951,6 +3949,10 @@ class Origin(NamedTuple):
     base: Any = None  # fields for resolve()
     resumed: bool = False
     notes: Any = ()
+
+    def is_of_run_in(self, output_dir):
+        """Whether it lies in the folder of the run that wrote it, which then goes on; a copy begins another run."""
+        return self.resumed and str(self.path.parent) == os.path.realpath(Path(output_dir) / self.content["run_id"])
 
 
 def load_weights(typed):
@@ -4013,7 +4015,7 @@ def start_run(typed, world, origin):
     state = TrainState(model, make_optimizer(model, run, world.device), numerics, loader)
     try:
         if origin.resumed:
-            if not state.is_like(origin.content):
+            if not state.can_load(origin.content):
                 raise ValueError(origin.path)
             state.load_state_dict(origin.content, world)
             notes += [*differences(config, run, origin.content, world), f"resumed {origin.path} at step {state.step}"]
@@ -4058,7 +4060,8 @@ def run_training(typed):
     deterministic = deterministic_algorithms(settings.get("deterministic", TrainConfig.deterministic))
     with world, deterministic, own_words_for_failures(world):
         if world.size > 1:
-            world.compare(what_must_be_alike(typed, settings))
+            world.require_alike(what_must_be_alike(typed, settings))
+            world.wait_longer()
         found = world.gather(origin.path and (origin.path.name, origin.content["step"] if origin.resumed else 0))
         if len(set(found)) > 1:
             raise DataError(f"the processes start from different files ({', '.join(map(str, found))}); give all the "
@@ -4069,14 +4072,11 @@ def run_training(typed):
         if state.step >= run.num_iterations:
             notes.append(f"nothing is left to train: {state.step} of {run.num_iterations} steps are done; "
                          "--num_iterations sets a later end")
-        run_id, resumed_at = new_run_id(run.model), None
-        begun = os.path.realpath(Path(run.output_dir) / origin.content["run_id"]) if origin.resumed else None
-        if begun and str(origin.path.parent) == begun:
-            run_id, resumed_at = origin.content["run_id"], state.step  # else a copy, and the run itself is left alone
-        run_id = world.gather(run_id)[0]
-        validated = val_shards is None or not validation_due(state.step, run)
-        log = open_log(world, config, run, run_id, notes, resumed_at, validated)
-        resumed_from = origin.path if resumed_at is not None else None
+        goes_on = origin.is_of_run_in(run.output_dir)
+        run_id = world.gather(origin.content["run_id"] if goes_on else new_run_id(run.model))[0]
+        resumed_at, resumed_from = (state.step, origin.path) if goes_on else (None, None)
+        validates_again = val_shards is not None and due(state.step, run.val_loss_every, run.num_iterations)
+        log = open_log(world, config, run, run_id, notes, resumed_at, keep_validation=not validates_again)
         del origin  # weights and optimizer once more
         try:
             with kernel(), own_words_for_failures(world, state, config, run, Path(run.output_dir) / run_id):

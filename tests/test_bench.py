@@ -39,11 +39,11 @@ def _note(kind, begin, **more):
         print(json.dumps(dict(who=_file.stem, kind=kind, begin=begin, end=_time.monotonic(), pid=_os.getpid(), **more)),
               file=file)
 
-def train_step(model, state, row, *rest):
+def train_step(model, state, scheduled, *rest):
     begin = _time.monotonic()
     WAY
-    result = _step(model, state, row, *rest)
-    _note("step", begin, loss=float(result[0][0]), loader=type(state.loader).__name__, lr=row.lr,
+    result = _step(model, state, scheduled, *rest)
+    _note("step", begin, loss=float(result[0][0]), loader=type(state.loader).__name__, lr=scheduled.lr,
           shards=getattr(state.loader, "shards", None) and state.loader.shards.files)
     return result
 

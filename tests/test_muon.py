@@ -480,9 +480,9 @@ def test_without_rates_of_their_own_all_groups_have_the_plans():
         run = small_run(learning_rate=rate, warmup_iters=7)
         optimizer = script.make_optimizer(model, run, CPU)
         for step in range(run.num_iterations):
-            row = script.plan(step, model.config, run)
-            script.apply_plan(row, model, optimizer)
-            assert {group["lr"] for group in optimizer.param_groups} == {row.lr}
+            scheduled = script.plan(step, model.config, run)
+            script.apply_plan(scheduled, model, optimizer)
+            assert {group["lr"] for group in optimizer.param_groups} == {scheduled.lr}
     run = small_run(optimizer="muon", learning_rate=0.3, muon_lr=0.3)
     optimizer = script.make_optimizer(model, run, CPU)
     script.apply_plan(script.Plan(lr=0.1, mtp_weight=0.0), model, optimizer)
@@ -594,19 +594,19 @@ def changed_momentum(change):
 }.items(), ids=lambda item: item[0])
 def test_a_checkpoint_with_a_momentum_of_another_form_is_refused(damage):
     state, content = state_with_muon()
-    assert state.is_like(content)
+    assert state.can_load(content)
     moments = content["optimizer"]["state"]
     # The last one is a matrix that is not square, and the one before it is its transpose.
     assert moments[max(moments)]["momentum_buffer"].shape == moments[max(moments) - 1]["momentum_buffer"].T.shape
     damage[1](moments, max(moments))
-    assert not state.is_like(content)
+    assert not state.can_load(content)
 
 
 def test_a_checkpoint_before_muons_first_update_is_like_the_state():
     state, content = state_with_muon()
     moments = content["optimizer"]["state"]
     content["optimizer"]["state"] = {i: one for i, one in moments.items() if "momentum_buffer" not in one}
-    assert content["optimizer"]["state"] and state.is_like(content)
+    assert content["optimizer"]["state"] and state.can_load(content)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

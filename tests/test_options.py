@@ -354,9 +354,9 @@ def test_a_checkpoint_without_the_later_fields_resumes_the_same(trainer, flags):
     script.write_checkpoint(old / "step000003.pt", content)
     (old / "config.json").write_text(json.dumps(saved))
     wanted = dict(n_layer=2, n_embd=32, norm="rmsnorm", ffn_hidden=85 if flags else 128)
-    found = script.candidates(old.parent, lambda network: wanted.items() <= network.items())
+    found = script.checkpoints_of_runs(old.parent, wanted)
     assert list(found) == [old / "step000003.pt"]
-    assert not list(script.candidates(old.parent, lambda network: network["n_layer"] == 3))
+    assert not list(script.checkpoints_of_runs(old.parent, dict(n_layer=3)))
     result = trainer.main("--resume", "auto", "--output_dir", old.parent)
     assert (result.code, result.err) == (0, "")
     assert re.findall(r"differs from the checkpoint: (\w+)", result.out) == ["output_dir"]  # the copy's

@@ -223,7 +223,7 @@ def test_accumulated_micro_batches_are_one_big_batch(float64, micro_steps):
     config = small_config(mtp_enabled=True)
     small, big = (script.GPT(config) for _ in range(2))
     big.load_state_dict(small.state_dict())
-    row = script.Plan(lr=0.01, mtp_weight=0.3)
+    scheduled = script.Plan(lr=0.01, mtp_weight=0.3)
     idx, targets = batch_of(config, B=8)
     size = 8 // micro_steps
     cut = [slice(i * size, i * size + size) for i in range(micro_steps)]
@@ -232,7 +232,7 @@ def test_accumulated_micro_batches_are_one_big_batch(float64, micro_steps):
     for model, given, steps in ((small, batches, micro_steps), (big, [(idx, targets)], 1)):
         run = small_run(batch_size=8 // steps, grad_accumulation_steps=steps, grad_clip=0.1)
         state = state_of(model, run, "fp32", given)
-        results.append(script.train_step(model, state, row, run, FakeWorld(), (False, True, False)))
+        results.append(script.train_step(model, state, scheduled, run, FakeWorld(), (False, True, False)))
     (numbers, norm, _), (big_numbers, big_norm, _) = results
     torch.testing.assert_close(numbers, big_numbers, rtol=0, atol=1e-12)
     torch.testing.assert_close(norm, big_norm, rtol=0, atol=1e-12)

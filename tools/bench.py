@@ -144,8 +144,9 @@ class Run:
         self.world.synchronize()
         began = time.perf_counter()
         for _ in range(steps):
-            row = self.script.plan(min(state.step, run.num_iterations - 1), self.config, run)  # the end is no end here
-            figures = self.script.train_step(self.model, state, row, run, self.world, (False, False, False))
+            step = min(state.step, run.num_iterations - 1)  # the end is no end here
+            scheduled = self.script.plan(step, self.config, run)
+            figures = self.script.train_step(self.model, state, scheduled, run, self.world, (False, False, False))
             self.numbers, norm = figures[:2]
             self.infinite = self.infinite + (~norm.isfinite()).int()  # counted where they are: nobody waits
             state.step += 1

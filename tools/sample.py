@@ -50,7 +50,7 @@ def find(path):
     """The checkpoint that a path means: a file, the newest of a run's folder, or that of the newest run in a folder."""
     if path.is_file():
         return path
-    found = script.newest_checkpoint(path) or next(script.candidates(path, lambda network: True), None)
+    found = script.newest_checkpoint(path) or next(script.checkpoints_of_runs(path, {}), None)
     require(found, f"{path} holds no checkpoint; name a .pt file, a run's folder or a folder of runs")
     return found
 
@@ -129,7 +129,7 @@ class Cache:
         cos, sin = (None if table is None else table[start:] for table in (ctx.cos, ctx.sin))
         x, follows = x[:, start:], ctx.follows[:, max(0, start - 1) :]  # that of the token before too: smear() has it
         ctx = script.Context(cos, sin, ctx.mask, x, follows=follows)
-        for block, values in zip(self.model.transformer.h, self.model.value_rows(own[:, start:])):
+        for block, values in zip(self.model.transformer.h, self.model.values_of_blocks(own[:, start:])):
             x = block(x, ctx._replace(values=values))
         self.idx = idx
         return self.model.head(self.model.transformer.ln_f(x[:, -1]))

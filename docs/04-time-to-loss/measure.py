@@ -104,15 +104,15 @@ LADDER = {
 }
 CODE = {  # rung -> what of the script is there for it: definitions, whole, and words, each line with one of them
     "adamw": (),
-    "muon": ("Muon", "momentum_step", "orthogonalized", "updated", "longer_sides", "Optimizers", "muon", "muon_lr",
-             "muon_momentum", "embedding_lr", "head_lr"),
+    "muon": ("Muon", "momentum_step", "orthogonalized", "updated", "longer_sides", "shape_factor", "laid_wide",
+             "Optimizers", "muon", "muon_lr", "muon_momentum", "embedding_lr", "head_lr"),
     "untied": ("tie_embeddings", "untied", "embd_norm", "embd_init_std"),
     "qk_norm": ("qk_norm",),
     "zero_init": ("zero_init", "into_stream"),
     "no_attention_scale": ("scale_attention",),
     "relu2": ("relu2",),
     "x0_lambdas": ("x0_lambdas", "x0", "Mix", "scalar_lr"),
-    "value_embeddings": ("value_embeddings", "value_mix", "value_rows"),
+    "value_embeddings": ("value_embeddings", "value_mix", "values_of_blocks"),
     "softcap": ("logit_softcap", "softcap", "softcapped"),
     "softmax_scale": ("softmax_scale",),
     "cautious_weight_decay": ("cautious_weight_decay", "cautious"),

@@ -250,11 +250,11 @@ def after_step(model, run, world, finite, every_layer):
 
 def counting_experts(train_step):
     """The script's train_step(), with after_step()."""
-    def with_experts(model, state, row, run, world, *others):
+    def with_experts(model, state, scheduled, run, world, *others):
         for layer in state.model.experts.values():
             layer.load.zero_()
             layer.sums.zero_()
-        numbers, grad_norm, statistics = train_step(model, state, row, run, world, *others)
+        numbers, grad_norm, statistics = train_step(model, state, scheduled, run, world, *others)
         if state.model.experts:
             every_layer = run.log_stats and script.due(state.step + 1, run.log_stats, run.num_iterations)
             finite = torch.isfinite(numbers[0]) & torch.isfinite(grad_norm)

@@ -423,7 +423,7 @@ class Experiment:
         torch.compiler.reset()  # or the graphs of all arms would count as those of one function
         if code:
             return code, None, None
-        path = next(script.candidates(folder, lambda network: True))
+        path = next(script.checkpoints_of_runs(folder, {}))
         curve = [r for r in measuring.read(path.parent / "metrics.jsonl") if "train_loss" in r]
         return 0, path, dict(rows=script.TokenShards(str(rows)).total // T, train_loss=curve[-1]["train_loss"],
                              tokens_per_second=curve[-1]["tokens_per_second"], peak_mem_MB=curve[-1]["peak_mem_MB"])

@@ -389,7 +389,7 @@ class Study:
         flags = [*self.typed, *more, "--seed", self.args.seed, "--input_bin", shards / "train_*.bin", "--input_val_bin",
                  shards / "val_*.bin", "--output_dir", output, "--device", self.args.device, "--resume", "auto"]
         while True:
-            path = next(script.candidates(output, lambda network: True), None)
+            path = next(script.checkpoints_of_runs(output, {}), None)
             content = path and script.load_checkpoint(path)
             if content and content["step"] >= content["run"]["num_iterations"]:
                 return path
