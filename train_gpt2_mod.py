@@ -211,7 +211,7 @@ class GPTConfig:
     vocab_size: int = option(GPT2_VOCAB_SIZE, "number of token ids (unset: what the shards say)", most=2**24)
     n_layer: int = option(12, "number of blocks", aliases=("n_layers",), most=1000)
     n_head: int = option(12, "query heads (unset with --n_embd typed: of size 64)", aliases=("n_heads",), most=2**16)
-    n_kv_head: int = option(0, "key/value heads, a divisor of n_head; 0: as many", aliases=("n_kv_heads",), most=2**16)
+    n_kv_head: int = option(0, "key/value heads, a divisor of n_head; 0: n_head", aliases=("n_kv_heads",), most=2**16)
     n_embd: int = option(768, "width of the residual stream", aliases=("d_model",), most=2**20)
     tie_embeddings: bool = option(True, "give the head a matrix of its own, not the embedding's")
     bias: bool = option(False, "biases in the linear layers of the blocks, and in LayerNorms with weights")
@@ -401,8 +401,8 @@ class TrainConfig:
     muon_beta2: float = option(0.0, "NorMuon: decay of the mean squares that even Muon's updates; 0: plain Muon")
     momentum_warmup_steps: int = option(0, f"steps over which muon_momentum rises from {FIRST_MOMENTUM}")
     cautious_weight_decay: bool = option(False, "Muon decays a weight only where its update makes it smaller too")
-    schedule: str = option("linear", "how the learning rate falls: over the last steps, or by half a cosine from the "
-                           "warm-up on", choices=lambda: tuple(schedules))
+    schedule: str = option("linear", "how the learning rate falls: linear over the last steps, or from the warm-up on "
+                           "by half a cosine", choices=lambda: tuple(schedules))
     warmup_iters: int = option(0, "steps of linear warm-up from 0")
     warmdown_iters: int = option(0, "last steps, over which the linear schedule falls; 0: it stays constant")
     min_lr_fraction: float = option(0.0, "where the schedule ends, as a share of learning_rate")
@@ -415,16 +415,17 @@ class TrainConfig:
     shuffle: bool = option(False, "permute the sequences in each epoch, by seed and epoch")
     val_loss_every: int = option(250, "steps between validations; 0: only after the last step")
     val_tokens: int = option(1_048_576, "targets in a validation, from the beginning of its shards")
-    val_batch_size: int = option(0, "sequences in a validation batch; 0: batch_size, with --batch_size auto what fits")
+    val_batch_size: int = option(0, "sequences in a validation batch of one process; 0: batch_size, with --batch_size "
+                                 "auto what fits")
     target_val_loss: float = option(0.0, "stop when the validation loss is at most this; 0: never")
     save_every: int = option(0, "steps between checkpoints, beside those before each validation and at the end")
     save_every_minutes: float = option(0.0, "minutes between checkpoints; 0: the steps alone decide")
     keep_last: int = option(0, "newest checkpoints to keep; 0: two, and all that --save_every asked for")
     save_checkpoints: bool = option(True, "write no checkpoints")
     nan_policy: str = option("skip", "when loss or gradient is not finite: stop, skip up to nan_limit updates, or then "
-                             "go back to a checkpoint", choices=NAN_POLICIES)
+                             "rollback to a checkpoint", choices=NAN_POLICIES)
     nan_limit: int = option(5, "skipped updates in a row that end the run, or take it back to a checkpoint")
-    deterministic: bool = option(False, "the same bits in each run and resume, also on a GPU and compiled; slower")
+    deterministic: bool = option(False, "the same bits in each run of the same machine and flags, GPU or not; slower")
     log_every: int = option(10, "steps between lines on the console (the log file and metrics.jsonl have every step)")
     log_stats: int = option(0, "steps between logs of each layer's norms, update ratio and activation RMS; 0: never")
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
@@ -435,7 +436,8 @@ class TrainConfig:
     compile_mode: str = option("default", "how long torch.compile may search for speed; reduce-overhead and "
                                "max-autotune take CUDA graphs",
                                choices=("default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"))
-    attention: str = option("auto", "kernel of full attention; auto: torch's", choices=("auto", *ATTENTION_KERNELS))
+    attention: str = option("auto", "kernel of full attention; auto: torch's choice",
+                            choices=("auto", *ATTENTION_KERNELS))
     profile: bool = option(False, f"trace {PROFILED_STEPS} steps into the run's folder, for Perfetto or TensorBoard")
     empty_cache_every: int = option(0, "steps between returns of unused memory to the GPU (CUDA, MPS); 0: never")
     log_wandb: bool = option(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
@@ -3702,7 +3704,6 @@ def profiler(meter):
         finally:
             if steps <= begin:
                 log.text("profile: the run ended before the steps to trace; there is no trace")
-
 
 
 def end_if_asked(state, meter, signals, saver, world):

@@ -28,6 +28,7 @@ SCRIPT = ROOT / "train_gpt2_mod.py"
 MARGIN = 1.1  # on the seconds that a run is expected to take
 KEPT = "--save_checkpoints --save_every_minutes 3 --keep_last 1 --resume auto".split()  # of a folder that is kept
 STOPPED = 75  # the script's exit code when a signal ended it
+under_way = set()  # the processes that ended() waits for, in whatever thread
 
 
 def read(path):
@@ -170,12 +171,15 @@ def measure(run, seed, data, device, beside, sharing, processes=1, keep=None, pr
 def ended(command, **how):
     """(exit code, stdout, stderr) of a program, which an interruption of this one lets end in good order."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how) as process:
+        under_way.add(process)
         try:
             out, err = process.communicate()
         except BaseException:
             process.terminate()
             process.communicate()
             raise
+        finally:
+            under_way.discard(process)
     return process.returncode, out, err
 
 
@@ -251,8 +255,11 @@ def run_all(tasks, path, devices, end, data, expected=expected_seconds, **how):
     with ThreadPoolExecutor(len(devices)) as pool:
         try:
             list(pool.map(work, devices))
-        finally:
-            waiting.clear()  # Ctrl-C ends the runs that are under way, and no other begins
+        except BaseException:  # Ctrl-C comes to this thread alone: the runs under way end, and no other begins
+            waiting.clear()
+            for process in list(under_way):
+                process.terminate()
+            raise
     return len(failures)
 
 

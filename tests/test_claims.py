@@ -555,6 +555,24 @@ def test_a_run_that_is_interrupted_may_end_in_good_order(tmp_path):
     assert measuring.ended([sys.executable, "-c", "print(1); import sys; sys.exit('no')"]) == (1, "1\n", "no\n")
 
 
+def test_runs_side_by_side_end_in_good_order_too(monkeypatch, tmp_path):
+    """The signal comes to the main thread, and threads of their own wait for the runs."""
+    (tmp_path / "script.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "here, own = pathlib.Path(__file__).parent, os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "def end(*_):\n    (here / f'saved{own}').touch()\n    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, end); (here / f'there{own}').touch()\n"
+        "while not (here / 'there0').exists():\n    time.sleep(0.01)\n"
+        "(here / 'there').touch() if own == '1' else None; time.sleep(100)")
+    monkeypatch.setattr(measuring, "SCRIPT", tmp_path / "script.py")
+    monkeypatch.setattr(measuring, "gpu_name", lambda: GPU)
+    tasks, begun = [(measuring.Run("loss", name, ""), 1) for name in "abc"], time.monotonic()
+    with pytest.raises(KeyboardInterrupt), interrupted_when_there(tmp_path / "there", signal.SIGINT):
+        measuring.run_all(tasks, tmp_path / "found.jsonl", ["0", "1"], math.inf, [], lambda *run: 0)
+    assert all((tmp_path / f"saved{device}").exists() for device in "01") and time.monotonic() - begun < 60
+    assert not (tmp_path / "found.jsonl").exists() and not measuring.under_way
+
+
 def test_a_process_that_dies_costs_one_group_of_operations(operations, capsys):
     code, found = operations("die after 2")
     assert code == 1 and found == [f"alone, T={T}" for T in (256, 1024, 2048, 4096, 8192) for _ in range(2)]

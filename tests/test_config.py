@@ -243,7 +243,8 @@ REFUSED = [
 
 # A batch size that is found
 
-KINDS = ["", "--sequence_length 96", "--gradient_checkpointing", "--precision fp8", "--model gpt2 --n_layer 2", "--optimizer muon"]
+KINDS = ["", "--sequence_length 96", "--gradient_checkpointing", "--precision fp8", "--model gpt2 --n_layer 2",
+         "--optimizer muon"]
 
 
 def built(config):

@@ -15,8 +15,8 @@ import train_gpt2_mod as script  # noqa: E402
 def annealed(plan, share):
     """A plan() whose mtp_weight is 0 from that share of the steps on."""
     def falling(step, config, run):
-        row = plan(step, config, run)
-        return row._replace(mtp_weight=row.mtp_weight * max(0.0, 1 - step / (share * run.num_iterations)))
+        planned = plan(step, config, run)
+        return planned._replace(mtp_weight=planned.mtp_weight * max(0.0, 1 - step / (share * run.num_iterations)))
 
     return falling
 
