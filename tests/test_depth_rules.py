@@ -180,7 +180,7 @@ def test_the_readme():
     assert ("Not measured yet" in text) == (not results)
     blocks = "".join(re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)).splitlines()
     measured = [shlex.split(line, comments=True)[2:] for line in blocks if "measure.py" in line]
-    assert len(measured) == 5
+    assert len(measured) == 6
     for words in measured:
         rules.make_parser().parse_args(words)
     done = subprocess.run([sys.executable, FOLDER / "measure.py", "--tabel"], capture_output=True, text=True)
