@@ -687,7 +687,7 @@ def rule_precision(fields, typed, machine):
         return dict(precision="fp16" if cuda and not machine.has_bf16 else "bf16"), None
     require(wanted != "fp16" or cuda, f"precision=fp16 needs CUDA, and this run is on {machine.device_type}; use bf16 "
             "or fp32")
-    require("fp8" not in wanted or machine.has_fp8, f"precision={wanted} needs a GPU with float8 matrix products "
+    require(wanted not in FLOAT8_HEADS or machine.has_fp8, f"precision={wanted} needs a GPU with float8 matrix products "
             "(compute capability 8.9 or more: Ada, Hopper, Blackwell), which this one is not; use bf16")
     return dict(precision=wanted), None
 
@@ -699,8 +699,8 @@ def rule_kernels(fields, typed, machine):
     for name in ("window", "document_mask"):
         require(kernel == "auto" or not fields[name], f"attention={kernel} would be ignored: {name}={fields[name]} has "
                 "a kernel of its own; drop one of the two")
-    require(cuda or kernel in ("auto", "math"), f"attention={kernel} needs CUDA, and this run is on "
-            f"{machine.device_type}; drop it, or in a resume add --attention auto")
+    require(cuda or kernel == "math" or kernel not in ATTENTION_KERNELS, f"attention={kernel} needs CUDA, and this run "
+            f"is on {machine.device_type}; drop it, or in a resume add --attention auto")
     require(mode == "default" or cuda or fields["compile"], f"compile_mode={mode} would be ignored: on "
             f"{machine.device_type} nothing is compiled unless you add --compile")
     require(not typed.get("empty_cache_every") or machine.device_type != "cpu", "empty_cache_every would be ignored: "

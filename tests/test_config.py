@@ -341,6 +341,13 @@ def test_more_than_one_process_must_share_the_micro_batches():
         resolved("--total_batch_size 8192", world_size=2)
 
 
+@pytest.mark.parametrize("flags", ["--attention flsh", "--precision fp88"])
+def test_a_slip_is_called_a_slip_also_where_there_is_no_cuda(flags):
+    name, value = flags[2:].split()
+    with pytest.raises(script.ConfigError, match=rf"^{name}={value} is not known; did you mean (flash|fp8)\?"):
+        resolved(flags, device_type="cpu", has_bf16=False, has_fp8=False)
+
+
 def test_fp16_needs_cuda():
     with pytest.raises(script.ConfigError, match="precision=fp16 needs CUDA, and this run is on cpu; use bf16 or fp32"):
         resolved("--precision fp16", device_type="cpu", has_bf16=False)
