@@ -687,8 +687,8 @@ def rule_precision(fields, typed, machine):
         return dict(precision="fp16" if cuda and not machine.has_bf16 else "bf16"), None
     require(wanted != "fp16" or cuda, f"precision=fp16 needs CUDA, and this run is on {machine.device_type}; use bf16 "
             "or fp32")
-    require(wanted not in FLOAT8_HEADS or machine.has_fp8, f"precision={wanted} needs a GPU with float8 matrix products "
-            "(compute capability 8.9 or more: Ada, Hopper, Blackwell), which this one is not; use bf16")
+    require(wanted not in FLOAT8_HEADS or machine.has_fp8, f"precision={wanted} needs a GPU with float8 matrix "
+            "products (compute capability 8.9 or more: Ada, Hopper, Blackwell), which this one is not; use bf16")
     return dict(precision=wanted), None
 
 
