@@ -488,6 +488,8 @@ for group in map(json.loads, sys.argv[1:]):
     for operation, settings in group:
         what, _, after = (here / "then").read_text().partition(" after ")
         if after and done >= int(after):
+            while what == "wait" and not any(kept.stat().st_size for kept in here.glob("found.jsonl")):
+                time.sleep(0.01)  # until the groups before this one are kept
             (here / "pid").write_text(str(os.getpid()))
             (here / "then").write_text("")
             print('{"operation": "cut sh', end="", flush=True)

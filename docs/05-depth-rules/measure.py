@@ -33,13 +33,14 @@ FACTORS = (0.5, 1, 2)  # on all rates of the formula
 BY_BATCH = (6,)  # depths of which rates by the root of the batch are run as well
 SHORT = 29_753_344  # tokens; 454 steps of 65,536
 MINUTES = {6: 0.4, 12: 1, 18: 2}
-PLAIN_RATES = {6: ("1e-3", "1.5e-3", "3e-3"), 12: ("1.5e-3", "2e-3"), 18: ("7e-4", "1e-3")}
+PLAIN_RATES = {6: ("1e-3", "1.5e-3", "3e-3"), 12: ("1.5e-3", "2e-3"), 18: ("5e-4", "7e-4", "1e-3")}
 SCALED = (4, 6, 8, 12, 16, 18)
 RATES = ("muon_lr", "value_lr", "learning_rate", "scalar_lr")
+NOCAP = "--model d12 --total_batch_size 524288 --num_iterations {} --learning_rate 1.8e-3 --warmup_iters 10 --grad_clip 0"
 CARDS = {  # what -> its flags; each on the whole GPU, and with the micro-batch that fits
     "d12_fast": "--model d12_fast --total_batch_size 65536 --num_iterations 150",
-    "nocap": "--model d12 --total_batch_size 524288 --num_iterations 20 --learning_rate 1.8e-3 --warmup_iters 10 "
-             "--grad_clip 0",
+    "nocap": NOCAP.format(20),
+    "nocap, 100 steps": NOCAP.format(100),
 }
 FLOPS, STARTING = 3.5e14, 90  # a second, and seconds beyond those of training: what a run is expected to take
 WHOLE, CAPPED = "--batch_size 64", "--batch_size auto --memory_gib 22"
@@ -212,7 +213,8 @@ def plot():
     pyplot = measuring.pyplot()
     if not pyplot:
         return 2
-    points = [(flops, loss) for _, _, flops, loss in scaled(measuring.read(RESULTS))]
+    each = scaled(measuring.read(RESULTS))
+    points = [(flops, loss) for _, _, flops, loss in each]
     if len(points) < 3:
         print("error: results.jsonl has fewer than three runs of scale; --only scale measures them", file=sys.stderr)
         return 2
@@ -221,6 +223,10 @@ def plot():
     axes.plot(*zip(*points), marker="o", linestyle="", label="presets at their own lengths")
     axes.plot(*zip(*((flops, a * flops**-b) for flops, _ in points)), label=f"{a:.2f} FLOP^-{b:.4f}")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs of training", ylabel="validation loss, nats a token")
+    for depth, _, *point in each:
+        axes.annotate(f"d{depth}_fast", point, xytext=(6, 6), textcoords="offset points")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:.1f}")
     axes.legend()
     figure.savefig(CURVE, dpi=150)
     print(f"{CURVE.name} has {len(points)} runs")
