@@ -20,6 +20,7 @@ import re
 import statistics
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -329,13 +330,21 @@ def comparison(label, words, rows, name, other, judged):
 COMPARED = ("what it adds", "seeds", "tokens/s", "MiB", "loss", "std")  # the columns of every comparison
 
 
+@cache
+def script_lines(path):
+    """({name: the numbers of its lines} of each definition of a script, the words of each of its lines)."""
+    text, its = path.read_text(), {}
+    for node in ast.walk(ast.parse(text)):
+        if hasattr(node, "name"):
+            its.setdefault(node.name, set()).update(range(node.lineno, node.end_lineno + 1))
+    return its, [{*re.findall(r"\w+", line)} for line in text.splitlines()]
+
+
 def code_lines(words):
     """How many lines of the script are for one of the words: of definitions of that name, or with the word."""
-    text, found = measuring.SCRIPT.read_text(), set()
-    for node in ast.walk(ast.parse(text)):
-        if getattr(node, "name", None) in words:
-            found.update(range(node.lineno, node.end_lineno + 1))
-    return len(found | {i for i, line in enumerate(text.splitlines(), 1) if {*words} & {*re.findall(r"\w+", line)}})
+    its, lines = script_lines(measuring.SCRIPT)
+    return len(set().union(*(its.get(word, ()) for word in words),
+                           (i for i, line in enumerate(lines, 1) if {*words} & line)))
 
 
 def seconds_to(target, rows, speed):

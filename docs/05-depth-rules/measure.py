@@ -36,7 +36,8 @@ MINUTES = {6: 0.4, 12: 1, 18: 2}
 PLAIN_RATES = {6: ("1e-3", "1.5e-3", "3e-3"), 12: ("1.5e-3", "2e-3"), 18: ("5e-4", "7e-4", "1e-3")}
 SCALED = (4, 6, 8, 12, 16, 18)
 RATES = ("muon_lr", "value_lr", "learning_rate", "scalar_lr")
-NOCAP = "--model d12 --total_batch_size 524288 --num_iterations {} --learning_rate 1.8e-3 --warmup_iters 10 --grad_clip 0"
+NOCAP = ("--model d12 --total_batch_size 524288 --num_iterations {} --learning_rate 1.8e-3 --warmup_iters 10 "
+         "--grad_clip 0")
 CARDS = {  # what -> its flags; each on the whole GPU, and with the micro-batch that fits
     "d12_fast": "--model d12_fast --total_batch_size 65536 --num_iterations 150",
     "nocap": NOCAP.format(20),
