@@ -8,7 +8,6 @@ claims.json has each expectation: where it is said and in which words, what woul
 an arm of docs/experiments.py, records of an older experiment, or a count that is made at once. The first of them that
 has a value decides. No verdict is typed; the rules are verdict().
 """
-import argparse
 import json
 import math
 import statistics
@@ -496,7 +495,7 @@ def write():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measuring.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--id", nargs="+", metavar="ID", choices=[claim["id"] for claim in load()],
                         help="print these claims, and write nothing")
     args = parser.parse_args(argv)

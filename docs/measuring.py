@@ -22,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "data")]
-from shards import DataError, require  # noqa: E402
+from shards import DataError, Parser, require  # noqa: E402, F401
 
 SCRIPT = ROOT / "train_gpt2_mod.py"
 MARGIN = 1.1  # on the seconds that a run is expected to take

@@ -640,6 +640,14 @@ def test_without_a_gpu_it_is_refused(monkeypatch, tmp_path):
     assert not experiments.RESULTS.exists()
 
 
+@pytest.mark.parametrize("program", [*sorted(DOCS.glob("*/measure.py")), DOCS / "claims.py", DOCS / "experiments.py"],
+                         ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_flag_that_there_is_not_is_one_line(program):
+    done = subprocess.run([sys.executable, program, "--tabel"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr == (
+        f"error: unrecognized arguments: --tabel; {program.name} --help lists the flags\n")
+
+
 WHOLE, CUT = '{"gpu": "A GPU", "kind": "loss"}\n', '{"gpu": "A GPU", "ki'
 
 

@@ -7,7 +7,6 @@
 The first runs what results.jsonl does not hold yet for this GPU, one to two minutes an experiment on an H100, and
 appends a record each. The second only prints.
 """
-import argparse
 import importlib.util
 import json
 import os
@@ -254,7 +253,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--alternate"]:
         return alternate(argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measuring.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
     parser.add_argument("--input_bin", help="training shards of GPT-2's vocabulary")
     parser.add_argument("--only", choices=EXPERIMENTS, metavar="NAME", help="this experiment and no other")

@@ -9,7 +9,6 @@ The first runs the EXPERIMENTS, PROFILES and CURVES that results.jsonl does not 
 version of the script, a minute or two each on an H100, and appends what it finds; --only picks some by name. The shards
 have GPT-2's vocabulary; CURVES needs git, for an earlier version of the script. The last only prints.
 """
-import argparse
 import collections
 import gzip
 import hashlib
@@ -297,7 +296,7 @@ def tables(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measuring.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
     parser.add_argument("--only", nargs="+", choices=[*EXPERIMENTS, *PROFILES, *CURVES], help="these alone")
     parser.add_argument("--runs", type=int, default=2, help="of each [2]")

@@ -7,7 +7,6 @@
 The first runs what results.jsonl does not hold yet for this GPU, a minute or two a run on an H100, and appends a record
 each; the second only prints.
 """
-import argparse
 import json
 import subprocess
 import sys
@@ -70,7 +69,7 @@ def tables(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measuring.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="only print the tables of results.jsonl")
     parser.add_argument("--input_bin", help="training shards, as train_gpt2_mod.py takes them")
     parser.add_argument("--input_val_bin", help="validation shards")

@@ -8,7 +8,6 @@ The first runs what results.jsonl does not hold yet for this GPU, half a minute 
 appends a record each, and writes docs/measured.json, from which --dry_run tells hours. The shards of --input_bin have
 a vocabulary of 32,768, those of --gpt2_bin GPT-2's. The second only prints.
 """
-import argparse
 import json
 import subprocess
 import sys
@@ -128,7 +127,7 @@ def tables(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measuring.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
     parser.add_argument("--input_bin", help="training shards of a vocabulary of 32,768")
     parser.add_argument("--gpt2_bin", help="training shards of GPT-2's vocabulary")

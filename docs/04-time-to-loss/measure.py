@@ -14,7 +14,6 @@ its seed: one that is there is not run again when the script has changed, and it
 --parallel 3 with three runs on each at a time: while one compiles another trains, and their losses count, but not their
 speed. The last two only show.
 """
-import argparse
 import ast
 import re
 import statistics
@@ -449,7 +448,7 @@ def plot():
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measuring.Parser(description=__doc__.split("\n\n")[0])
     measuring.add_flags(parser, "full runs", "each rung and each full run", 3)
     names = [*SWEEPS, *FULL, *LADDER, *TRIED, "first", "speed"]
     parser.add_argument("--only", nargs="+", choices=names, help="these alone")

@@ -12,7 +12,6 @@ formula's rates, half and twice of them; the preset and the plain network of its
 depths in full; two recipes on a whole GPU and on 22 GiB of it. --only picks kinds, --seeds says how many, --budget_s
 when to stop; --parallel N has N runs on each GPU at a time, whose losses count but not their speed.
 """
-import argparse
 import math
 import re
 import sys
@@ -235,7 +234,7 @@ def plot():
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measuring.Parser(description=__doc__.split("\n\n")[0])
     measuring.add_flags(parser, "runs of scale", "the rates", 2)
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="these alone")
     parser.add_argument("--depths", type=int, nargs="+", choices=SCALED, help="of rates, minutes and scale these alone")

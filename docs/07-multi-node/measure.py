@@ -9,7 +9,6 @@ The first runs what results.jsonl does not hold yet for this kind of GPU and app
 d24 on one GPU and on two at equal tokens a step; d12's gradients in bf16; gpt2-xl with ddp and with fsdp; a profile of
 d12 on two. --only picks kinds, --budget_s says when to begin no more.
 """
-import argparse
 import gzip
 import json
 import subprocess
@@ -178,7 +177,7 @@ def tables(rows):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = measuring.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", help="print the tables of results.jsonl and stop")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="these alone")
     parser.add_argument("--budget_s", type=float, default=float("inf"), help="begin no run that would end later")
