@@ -466,6 +466,7 @@ def test_what_a_worker_refuses_later_is_passed_on_with_its_command_line(call, tm
     assert refused(outcome, f'"--input_bin {shard} {shlex.join(TINY)}": a step of 32 tokens', "lower --batch_size")
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_measurement(call, tmp_path):
     """In its second window, when both have run."""
     folder = tmp_path / "scripts"

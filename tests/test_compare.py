@@ -405,6 +405,7 @@ def test_the_folder_is_named_by_what_the_flags_mean(pairs, monkeypatch, tmp_path
     assert place("--base", "", "--variant", "--qk_norm", common=[*common, "--weight_decay", "0"])[0] not in (one, two)
 
 
+@pytest.mark.slow
 def test_an_interruption_lets_the_run_save_and_the_same_command_goes_on(tmp_path, capsys):
     """In processes of their own: Ctrl-C, then to the end."""
     data, output = write_data(tmp_path / "data"), tmp_path / "out"

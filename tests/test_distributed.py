@@ -69,6 +69,7 @@ def test_two_processes_are_one(trainer, tmp_path):
     assert_same(content_of(resumed, 6)["loader"], content_of(two, 6)["loader"])
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_in_float64(trainer, tmp_path):
     program = tmp_path / "in_float64.py"
     program.write_text(IN_FLOAT64)
@@ -207,6 +208,7 @@ sys.exit(script.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_shards_that_one_process_cannot_read_any_more_end_both_saved(trainer, tmp_path):
     program = tmp_path / "unreadable.py"
     program.write_text(UNREADABLE)

@@ -389,6 +389,7 @@ def test_a_batch_size_that_is_found_is_kept_in_a_resume(trainer, monkeypatch):
     assert refused.code == 2 and "one sequence of 32 takes" in refused.err and refused.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_resume_may_change_what_only_colours_a_run(trainer):
     folder = trainer.run("--save_every", 3).folder
     flags = "--dropout 0.1 --gradient_checkpointing --loss_clamp 11 --schedule cosine --warmdown_iters 0".split()
