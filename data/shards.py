@@ -192,17 +192,44 @@ class Parser(argparse.ArgumentParser):
         raise DataError(f"{message}; {self.prog} --help lists the flags")
 
 
-def run(main):
-    """Run main(argv) as a command: DataError, a file system's error or an interruption is one line on stderr."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)  # so that a job that is ended cleans up as Ctrl-C does
+@contextlib.contextmanager
+def ended_as_by_ctrl_c():
+    """SIGTERM, as of timeout, is a KeyboardInterrupt: no process that was started goes on, and all is closed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(sys.argv[1:])
-    except (DataError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def in_a_line(error):
+    """What can be mended."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}); mend it, or name another"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def exit_code(act, interrupted="interrupted", known=DataError):
+    """That of a command, act(): its own, None being 0; 2 for what can be mended, errors that are `known` and a file
+    system's, which is one line on stderr; 130 after an interruption, which says `interrupted`; 141 where nobody reads
+    on, as before head."""
+    try:
+        with ended_as_by_ctrl_c():
+            code = act() or 0
+            sys.stdout.flush()
+            return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
+        return 128 + signal.SIGPIPE
+    except (known, OSError) as error:
+        print("error:", in_a_line(error), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing half-done is left, run the same command again", file=sys.stderr)
-        sys.exit(130)
+        print(interrupted, file=sys.stderr)
+        return 130
+
+
+def run(main):
+    """Run main(argv) of a script of this folder as a command."""
+    sys.exit(exit_code(lambda: main(sys.argv[1:]),
+                       "interrupted; nothing half-done is left, run the same command again"))

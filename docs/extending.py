@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 if getattr(sys.modules.get(MODULE), "IS_PROGRAM", False):
     del sys.modules[MODULE]
 import train_gpt2_mod as script  # noqa: E402
+from shards import exit_code, in_a_line  # noqa: E402
 
 
 def exchange(**parts):
@@ -140,7 +141,7 @@ def main(argv, program, modules=(), cache=lambda own: own):
     try:
         return run_other(argv[0], argv[1:], program, modules, cache)
     except (ValueError, OSError) as e:  # of hf.py, which leaves them to its own last lines
-        print(f"error: {measuring.in_a_line(e)}", file=sys.stderr)
+        print(f"error: {in_a_line(e)}", file=sys.stderr)
         return 2
 
 
@@ -186,15 +187,7 @@ def experiment(main):
     @functools.wraps(main)
     def program(argv=None):
         words = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-        try:
-            with measuring.ended_as_by_ctrl_c():
-                return measuring.to_a_reader(lambda: main(words) or 0)
-        except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError among them
-            print(f"error: {measuring.in_a_line(e)}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on", file=sys.stderr)
-            return INTERRUPTED
+        return exit_code(lambda: main(words), "interrupted; the same command goes on", ValueError)
 
     return program
 

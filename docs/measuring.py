@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "data")]
-from shards import DataError, Parser, require  # noqa: E402, F401
+from shards import DataError, Parser, exit_code, require  # noqa: E402, F401
 
 SCRIPT = ROOT / "train_gpt2_mod.py"
 MARGIN = 1.1  # on the seconds that a run is expected to take
@@ -263,44 +262,9 @@ def run_all(tasks, path, devices, end, data, expected=expected_seconds, **how):
     return len(failures)
 
 
-def to_a_reader(main):
-    """main(), which ends without a word where nobody reads on, as before head; the exit code."""
-    try:
-        code = main()
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
-        return 128 + signal.SIGPIPE
-
-
-@contextlib.contextmanager
-def ended_as_by_ctrl_c():
-    """SIGTERM, as of timeout, is a KeyboardInterrupt: no process that was started goes on, and all is closed."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def in_a_line(error):
-    """What can be mended."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename} cannot be used ({error.strerror}); mend it, or name another"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def run(main, results):
-    """Run a measuring program's main() to its exit code; what can be mended is one line on stderr."""
-    try:
-        with ended_as_by_ctrl_c():
-            sys.exit(to_a_reader(main))
-    except (DataError, OSError) as error:
-        print(f"error: {in_a_line(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(f"interrupted: {results.name} holds what was measured before")
+    """Run a measuring program's main() to its exit code."""
+    sys.exit(exit_code(main, f"interrupted: {results.name} holds what was measured before"))
 
 
 def add_flags(parser, plotted, seeds_of, seeds):

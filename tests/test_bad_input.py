@@ -1,6 +1,9 @@
 """What the user gets wrong: exit code 2, one line that names the value and a remedy, and no file made or changed."""
+import errno
 import os
 import pickle
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -8,7 +11,10 @@ import torch
 
 import launch
 import train_gpt2_mod as script
-from launch import SCRIPT, data_flags, error_lines, one_process, snapshot, some_tokens, write_sealed, write_shard
+from launch import ROOT, SCRIPT, data_flags, error_lines, one_process, snapshot, some_tokens, write_sealed, write_shard
+
+sys.path.insert(0, str(ROOT / "data"))
+import shards  # noqa: E402
 
 
 @pytest.fixture
@@ -308,3 +314,42 @@ def test_help_trains_nothing(trainer):
     out = trainer.capsys.readouterr().out
     assert stop.value.code == 0
     assert "--no_save_checkpoints" in out and "--save_checkpoints" not in out  # the form that changes something
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tools, data scripts and measuring programs: data/shards.py's exit_code()
+
+def ended(error):
+    raise error
+
+
+@pytest.mark.parametrize("act, known, code, said", [
+    (lambda: None, ValueError, 0, ""),
+    (lambda: 7, ValueError, 7, ""),
+    (lambda: ended(shards.DataError("x=1 is wrong;\ntype 2")), shards.DataError, 2, "error: x=1 is wrong; type 2\n"),
+    (lambda: ended(ValueError()), ValueError, 2, "error: ValueError\n"),
+    (lambda: open("/nowhere/file"), shards.DataError, 2,
+     "error: /nowhere/file cannot be used (No such file or directory); mend it, or name another\n"),
+    (lambda: ended(OSError(errno.ENOSPC, "No space left")), ValueError, 2, "error: [Errno 28] No space left\n"),
+    (lambda: ended(KeyboardInterrupt()), ValueError, 130, "stopped\n"),
+    (lambda: os.kill(os.getpid(), signal.SIGTERM) or signal.sigtimedwait([], 5), ValueError, 130, "stopped\n"),
+])
+def test_a_command_ends_with_a_line_and_a_code(capsys, act, known, code, said):
+    before = signal.getsignal(signal.SIGTERM)
+    assert shards.exit_code(act, "stopped", known) == code
+    assert capsys.readouterr() == ("", said) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_a_command_does_not_know_is_no_line():
+    for error in (ValueError("a defect"), RuntimeError("another")):
+        with pytest.raises(type(error)):
+            shards.exit_code(lambda: ended(error))
+
+
+def test_a_command_whose_reader_has_gone_ends_without_a_word():
+    program = f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); import shards; sys.exit(shards.exit_code(print))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        done = subprocess.run([sys.executable, "-c", program], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -15,7 +15,8 @@ must fit side by side. Peak MiB is of all its steps, the warm-up included.
 Data are random tokens of the network's vocabulary, in shards that go when the program ends, unless --input_bin names
 others. Nothing is saved or sent: the flags of checkpoints, logs and W&B do not count here.
 
-Exit codes: 0, measured; 2, one line on stderr says what to mend; 130, interrupted.
+Exit codes: 0, measured; 2, one line on stderr says what to mend; 130, interrupted; 141, nobody read what was
+printed.
 """
 import argparse
 import contextlib
@@ -40,7 +41,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))
-from shards import DataError, Parser, ShardWriter, require, sha256_of  # noqa: E402
+from shards import DataError, Parser, ShardWriter, exit_code, require, sha256_of  # noqa: E402
 
 MODULE = "train_gpt2_mod"  # the name under which a worker imports the script, wherever it lies
 WORK = "--worker"  # makes this file a worker
@@ -406,15 +407,7 @@ def bench(argv):
 
 
 def main(argv=None):
-    try:
-        bench(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as e:  # DataError among the first
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: bench(sys.argv[1:] if argv is None else argv), known=ValueError)
 
 
 if __name__ == "__main__":

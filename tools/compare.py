@@ -33,7 +33,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -45,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "docs"), str(ROOT / "tools")]
 from measuring import SCRIPT, reached, torchrun  # noqa: E402
 from report import log_of, newest_run  # noqa: E402
-from shards import DataError, Parser, require  # noqa: E402
+from shards import DataError, Parser, exit_code, require  # noqa: E402
 
 POWER, MOST_SEEDS = 0.8, 10_000  # of the numbers of seeds that are recommended
 VALIDATED = "had validated both before the shorter run ended (a lower --val_loss_every helps)"
@@ -562,21 +561,16 @@ def read_arguments(argv):
         raise DataError(f"--base or --variant: {e}; close the quotes") from e
 
 
+def compare(argv):
+    args = read_arguments(argv)
+    command = shlex.join(["python", "tools/compare.py", *argv])
+    (compare_pairs if args.arms else compare_folders)(args, command)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        args = read_arguments(argv)
-        command = shlex.join(["python", "tools/compare.py", *argv])
-        (compare_pairs if args.arms else compare_folders)(args, command)
-    except (ValueError, OSError) as e:  # DataError among the first
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: compare(argv), "interrupted; the same command goes on where it stopped", ValueError)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the run under way saves as on Ctrl-C
     sys.exit(main())

@@ -27,7 +27,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -46,7 +45,7 @@ try:
     import torch.distributed as dist
 
     import train_gpt2_mod as script
-    from shards import MANIFEST, DataError, Parser, read_manifest, sha256_of
+    from shards import MANIFEST, DataError, Parser, exit_code, read_manifest, sha256_of
 except (ImportError, AttributeError, OSError) as e:  # missing; an old torch; a library that does not load
     print(f"FAIL    packages: {' '.join(str(e).split())}; source activate_env.sh, or pip install -r requirements.txt")
     sys.exit(1)
@@ -554,28 +553,24 @@ def make_parser():
     return parser
 
 
+def doctor(argv):
+    cut = argv.index("--") if "--" in argv else len(argv)
+    typed = vars(make_parser().parse_args(argv[:cut]))
+    job = next((name for name in ("data", "resume") if name in typed), "")
+    act, allowed = JOBS[job]
+    ignored = [f"--{name}" for name in typed if name not in allowed]
+    ignored += ["--"] if job != "resume" and cut < len(argv) else []
+    beside = f"with --{job}" if job else "without --resume"
+    script.require(not ignored, f"{', '.join(ignored)} would be ignored {beside}; --help says what goes together")
+    if typed.pop("resume", False):
+        typed["flags"] = argv[cut + 1:]
+    return act(**typed)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    try:
-        typed = vars(make_parser().parse_args(argv[:cut]))
-        job = next((name for name in ("data", "resume") if name in typed), "")
-        act, allowed = JOBS[job]
-        ignored = [f"--{name}" for name in typed if name not in allowed]
-        ignored += ["--"] if job != "resume" and cut < len(argv) else []
-        beside = f"with --{job}" if job else "without --resume"
-        script.require(not ignored, f"{', '.join(ignored)} would be ignored {beside}; --help says what goes together")
-        if typed.pop("resume", False):
-            typed["flags"] = argv[cut + 1:]
-        return act(**typed)
-    except (ValueError, OSError) as e:  # ConfigError and both scripts' DataError among the first
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return exit_code(lambda: doctor(argv), known=ValueError)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job that is ended cleans up as Ctrl-C does
     sys.exit(main())

@@ -17,7 +17,8 @@ likeliest is chosen, by the sum of its tokens' losses (accuracy) or by their mea
 end-of-text token before the context. The beginning of what is longer than --sequence_length is cut off; `cut` counts
 those examples.
 
-Exit codes: 0, measured; 2, one line on stderr says what to mend; 130, interrupted.
+Exit codes: 0, measured; 2, one line on stderr says what to mend; 130, interrupted; 141, nobody read what was
+printed.
 """
 import hashlib
 import http.client
@@ -37,7 +38,7 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS.parent), str(TOOLS.parent / "data"), str(TOOLS)]
 import train_gpt2_mod as script  # noqa: E402
 from sample import context_of, load, token_bytes  # noqa: E402
-from shards import Parser, has_kinds, sha256_of  # noqa: E402
+from shards import Parser, exit_code, has_kinds, sha256_of  # noqa: E402
 from train_gpt2_mod import IGNORED, DataError, require  # noqa: E402
 
 HELLASWAG = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -229,7 +230,7 @@ def evaluate(args):
     return result | dict(device=name, torch=torch.__version__)
 
 
-def main(argv=None):
+def read_arguments(argv):
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("path", nargs="?", type=Path, default=Path("logs"), help="checkpoint, run or folder of runs")
     parser.add_argument("--data", help="text file, or shards (.bin), perhaps as a pattern [without --hellaswag: the "
@@ -243,21 +244,20 @@ def main(argv=None):
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of matrix products [fp32]")
     parser.add_argument("--tokenizer", help="gpt2, bytes or a tokenizer.json [what the training shards have]")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu [the first of them that is there]")
-    try:
-        args = parser.parse_args(argv)
-        limits = dict(tokens=(0, script.LARGEST), examples=(0, script.LARGEST), sequence_length=(0, 2**20),
-                      batch_size=(1, script.LARGEST_BATCH))
-        for name, (least, most) in limits.items():
-            value = getattr(args, name)
-            require(least <= value <= most, f"{name}={value} must be from {least} to {most}")
-        print(json.dumps(evaluate(args), indent=2, ensure_ascii=False))
-    except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError among them
-        print(f"error: {script.first_line(e)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    args = parser.parse_args(argv)
+    limits = dict(tokens=(0, script.LARGEST), examples=(0, script.LARGEST), sequence_length=(0, 2**20),
+                  batch_size=(1, script.LARGEST_BATCH))
+    for name, (least, most) in limits.items():
+        value = getattr(args, name)
+        require(least <= value <= most, f"{name}={value} must be from {least} to {most}")
+    return args
+
+
+def main(argv=None):
+    def report():
+        print(json.dumps(evaluate(read_arguments(argv)), indent=2, ensure_ascii=False))
+
+    return exit_code(report, known=ValueError)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ alone; beyond, where every token would stand at another place, each runs the las
 --no_cache does from the first.
 
 Standard output has the text, standard error the speed. Exit codes: 0, drawn; 2, one line on stderr says what to mend;
-130, interrupted.
+130, interrupted; 141, nobody read what was printed.
 """
 import codecs
 import sys
@@ -32,7 +32,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import train_gpt2_mod as script  # noqa: E402
-from shards import Parser  # noqa: E402
+from shards import Parser, exit_code  # noqa: E402
 from text_encodings import EOT_TEXT, TOKENIZER, get_encoding, without_surrogates  # noqa: E402
 from train_gpt2_mod import GPT, WEIGHTS, DataError, GPTConfig, load_checkpoint, require  # noqa: E402
 
@@ -243,7 +243,7 @@ def print_samples(args):
           + ", without a cache" * (not cache), file=sys.stderr)
 
 
-def main(argv=None):
+def read_arguments(argv):
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("path", nargs="?", type=Path, default=Path("logs"), help="checkpoint, run or folder of runs")
     parser.add_argument("--prompt", default="", help="text to go on from")
@@ -257,22 +257,18 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1337, help="seed of the draws [1337]")
     parser.add_argument("--no_cache", dest="cache", action="store_false", help="run the whole context for each token")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu [the first of them that is there]")
-    try:
-        args = parser.parse_args(argv)
-        require(args.temperature == 0 or 1e-3 <= args.temperature <= 1e3, f"temperature={args.temperature} must be 0 "
-                "or from 0.001 to 1000")
-        require(0 < args.top_p <= 1, f"top_p={args.top_p} must be above 0 and at most 1, which is all tokens")
-        for name, least in dict(top_k=0, max_new_tokens=1, num_samples=1, seed=0).items():
-            value = getattr(args, name)
-            require(least <= value < 2**63, f"{name}={value} must be at least {least} and below 2^63")
-        print_samples(args)
-    except (ValueError, OSError) as e:  # ConfigError and the data scripts' DataError; who reads may have gone away
-        print(f"error: {script.first_line(e)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    return 0
+    args = parser.parse_args(argv)
+    require(args.temperature == 0 or 1e-3 <= args.temperature <= 1e3, f"temperature={args.temperature} must be 0 "
+            "or from 0.001 to 1000")
+    require(0 < args.top_p <= 1, f"top_p={args.top_p} must be above 0 and at most 1, which is all tokens")
+    for name, least in dict(top_k=0, max_new_tokens=1, num_samples=1, seed=0).items():
+        value = getattr(args, name)
+        require(least <= value < 2**63, f"{name}={value} must be at least {least} and below 2^63")
+    return args
+
+
+def main(argv=None):
+    return exit_code(lambda: print_samples(read_arguments(argv)), "\ninterrupted", ValueError)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ paper of README.md, from formulas and from what one GPU was measured to do.
 --links puts a machine of yours in the place of the table's: GB/s of a GPU to the next of its host, and of a host to the
 next, each in one direction; --reached says what share of that is reached.
 """
-import argparse
 import functools
 import math
 import statistics
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 DOCS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
-from measuring import read, table  # noqa: E402
+from measuring import Parser, exit_code, read, table  # noqa: E402
 
 T = 1024  # tokens a sequence
 BACKWARD = 2 / 3  # of the time of a micro-batch, as of its FLOPs
@@ -271,7 +270,7 @@ def positive(text):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--table", action="store_true", required=True, help="print the tables")
     parser.add_argument("--links", type=positive, nargs=2, metavar="GB/s", help="of a GPU in its host, and of a host")
     parser.add_argument("--per_host", type=int, default=PER_HOST, choices=range(2, 73), metavar="N",
@@ -281,8 +280,7 @@ def make_parser():
 
 
 def main(argv=None):
-    print("\n\n".join(tables(make_parser().parse_args(argv))))
-    return 0
+    return exit_code(lambda: print("\n\n".join(tables(make_parser().parse_args(argv)))))
 
 
 if __name__ == "__main__":
