@@ -1,4 +1,4 @@
-"""Token shards, their manifest, and the command-line manners that the scripts of this folder share.
+"""Token shards, their manifest, and the command-line manners that the programs beside the trainer share.
 
 A shard has the format of llm.c (https://github.com/karpathy/llm.c, dev/data/data_common.py), word 3 being our addition:
     256 little-endian int32    magic 20240520, version 1, number of tokens, vocabulary size (0: GPT-2's 50257), zeros
