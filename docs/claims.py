@@ -491,7 +491,7 @@ def documents(rows=None):
 
 def write():
     for path, text in documents().items():
-        path.write_text(text)
+        measuring.write(path, text)
 
 
 def main(argv=None):

@@ -812,7 +812,7 @@ def write():
 
     for folder in FOLDERS:
         path = HERE / folder / "README.md"
-        path.write_text(rewritten(path.read_text(), blocks(folder)))
+        measuring.write(path, rewritten(path.read_text(), blocks(folder)))
     claims.write()
 
 

@@ -53,6 +53,16 @@ def append(path, *records):
         file.write(end + "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
+def write(path, text):
+    """A document, so that a kill leaves the old one or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_place(what, path, folder=False, remedy="name another"):
     """Raise DataError unless a file, or a folder, can be written, or made where it is not there yet. It is tried:
     permissions do not say it, for the superuser has those of /proc too."""

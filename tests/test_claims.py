@@ -546,6 +546,21 @@ def test_an_interruption_loses_no_group_of_operations(operations, tmp_path, caps
     assert operations() == (0, ["alone, T=256"] * 2 + rest)
 
 
+def test_a_document_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    path = tmp_path / "README.md"
+    measuring.write(path, "old")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", lambda own, text: [own.write_bytes(text[:1].encode()), ended_here()])
+        measuring.write(path, "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("README.md", "old")]
+    measuring.write(path, "new")
+    assert path.read_text() == "new"
+
+
+def ended_here():
+    raise KeyboardInterrupt
+
+
 def test_a_run_that_is_interrupted_may_end_in_good_order(tmp_path):
     """As the script does, which saves."""
     program = ("import pathlib, signal, sys, time; here = pathlib.Path(sys.argv[1])\n"

@@ -90,7 +90,7 @@ def write_measured():
             rows.append(dict(row, precision="bf16", flops_per_token=flops, batch_size=64, folder=other.name))
     names = ("gpu", "torch", "model", "precision", "batch_size", "flops_per_token", "tokens_per_second", "folder")
     lines = ",\n  ".join(json.dumps({name: row[name] for name in names}) for row in rows)
-    MEASURED.write_text(f'{{"runs": [\n  {lines}\n]}}\n')
+    measuring.write(MEASURED, f'{{"runs": [\n  {lines}\n]}}\n')
 
 
 def figures(row):

@@ -370,8 +370,10 @@ class Study:
         return rows_of(documents, self.T, self.characters.eot)
 
     def begin(self):
-        """The SHA-256 of the script with which the folder was begun. Raises ConfigError where it has other settings."""
-        path, mine = self.folder / "settings.json", dict(self.settings, script_sha256=measuring.source())
+        """The SHA-256 of the script, and of this program, with which the folder was begun. Raises ConfigError where it
+        has other settings."""
+        path = self.folder / "settings.json"
+        mine = dict(self.settings, script_sha256=measuring.source(__file__, extending.__file__))
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             script.write_atomically(path, lambda f: f.write(json.dumps(mine).encode()))
