@@ -284,6 +284,19 @@ def test_shards_are_told_apart_by_names_sizes_and_headers_alone(tmp_path):
     assert script.description(str(tmp_path / "none")).startswith("0 files of 0 bytes")
 
 
+def test_processes_that_came_together_have_longer_to_answer():
+    """Ten minutes and no more five: the one that is waited for may be writing a checkpoint."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1,
+                                         timeout=script.JOINING)
+    try:
+        group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+        assert group.options._timeout.total_seconds() == 5 * 60
+        script.World("cpu").wait_longer()
+        assert group.options._timeout.total_seconds() == 10 * 60
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_processes_that_do_not_come_together_are_told_why(trainer, tmp_path):
     """The second one never comes."""
     with socket.socket() as listening:

@@ -193,6 +193,15 @@ def test_the_memory_plan_scales_as_memory_does():
     assert heads["activations"] > base["activations"] and heads["head"] > base["head"]
 
 
+def test_a_block_that_is_run_again_needs_its_room_beside_the_streams():
+    """It has that of the logits, which are gone by then, and where it is larger, more."""
+    streams = 12 * 8 * 1024 * 2 * 768
+    assert plan_of("--gradient_checkpointing")[0]["activations"] == streams
+    block, logits = plan_of("--vocab_size", 1024)[0]["activations"] // 12, 2 * 8 * 1024 * 1024
+    assert block > logits
+    assert plan_of("--gradient_checkpointing", "--vocab_size", 1024)[0]["activations"] == streams + block - logits
+
+
 def test_the_plan_of_the_head_is_its_parts():
     """8 x 1024 tokens of d12: all their logits are 412 M numbers and one part. Sixteen times as many tokens are seven."""
     head = plan_of("--model", "d12")[0]["head"]

@@ -203,9 +203,11 @@ def test_steps_typed_end_the_fit(timed):
     assert steps(first.folder)[-1]["step"] == 64
 
 
-def test_a_dry_run_for_minutes(trainer):
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_dry_run_for_minutes(trainer, monkeypatch, size):
+    monkeypatch.setenv("WORLD_SIZE", str(size))
     result = trainer.main("--model", "d12", "--minutes", 5, "--dry_run", "--device", "cuda")
-    assert result.code == 0 and "8,192 tokens a step, for 5 minutes\n" in result.out
+    assert result.code == 0 and f"{8192 * size:,} tokens a step, for 5 minutes\n" in result.out
     line = next(line for line in result.out.splitlines() if "H100" in line)
     speed = float(line.split(" at ")[1].split(" tokens/s")[0].replace(",", ""))
-    assert f": {300 * speed / 1e6:,.0f} M tokens at" in line
+    assert f"on {size} x NVIDIA H100" in line and f": {300 * speed * size / 1e6:,.0f} M tokens at" in line

@@ -118,6 +118,8 @@ def test_shuffle_permutes_the_rows(tmp_path):
     assert first != list(range(30)) and first != second
     other = shuffled_steps(shards, replace(run, seed=1), 1, 5)
     assert [row[0] // 5 for step in other for row in step] != first
+    next_seed = shuffled_steps(shards, replace(run, seed=run.seed + 1), 1, 5)
+    assert [row[0] // 5 for step in next_seed for row in step] != second  # an order of its own, none of this seed's
     assert shuffled_steps(shards, run, 3, 10) == steps == shuffled_steps(shards, run, 1, 10)
     finer = replace(run, batch_size=1, grad_accumulation_steps=6)
     assert shuffled_steps(shards, finer, 2, 10) == steps
@@ -453,3 +455,20 @@ def test_a_run_whose_shards_go_ends_saved_and_goes_on_when_they_are_back(trainer
     assert column(records(result.folder), "step") == column(records(whole), "step")
     for part in ("model", "optimizer", "loader"):
         assert_same(content_of(result.folder, 10)[part], content_of(whole, 10)[part], part)
+
+
+def test_shards_that_go_when_nothing_more_is_needed_of_them_end_no_run(trainer, monkeypatch):
+    """In the ninth step of ten: the tenth has been read, and only what would come after it is missed."""
+    step = script.train_step
+
+    def train_step(model, state, *others):
+        if state.step == 8:
+            for path in trainer.data.glob("train_*"):
+                path.unlink()
+        figures = step(model, state, *others)
+        assert (state.loader.error is not None) == (state.step >= 8)
+        return figures
+
+    monkeypatch.setattr(script, "train_step", train_step)
+    folder = trainer.run("--num_iterations", 10, "--val_loss_every", 0).folder
+    assert column(steps(folder), "step") == list(range(1, 11)) and checkpoints(folder) == ["step000010.pt"]

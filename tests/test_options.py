@@ -271,6 +271,13 @@ def test_other_networks_learn_and_resume_bitwise(trainer, name):
     assert not moved  # every weight learns
 
 
+def test_what_stays_in_fp32_is_multiplied_in_it_where_that_is_the_precision(trainer):
+    """TensorFloat-32, of CUDA alone, has 10 bits of fp32's 23."""
+    for precision, allowed in (("fp32", "highest"), ("bf16", "high"), ("fp32", "highest")):
+        trainer.run("--precision", precision, "--num_iterations", 4, "--input_val_bin", "", "--no_save_checkpoints")
+        assert torch.get_float32_matmul_precision() == allowed
+
+
 def test_gradient_checkpointing_changes_no_run(trainer):
     flags = NETWORKS["separate"].split()
     plain, again = (trainer.run(*flags, *more).folder for more in ((), ("--use-gradient-checkpointing",)))

@@ -147,6 +147,7 @@ def test_resume_auto(trainer):
     result = trainer.run("--resume", "auto")
     assert f"resumed {same / 'step000004.pt'} at step 4" in result.out and result.folder is None
     assert checkpoints(same)[-1] == "step000006.pt" and column(steps(same), "step") == [1, 2, 3, 4, 5, 6]
+    assert not list(same.glob(".*"))  # what was cut off
     assert (snapshot(old), snapshot(other)) == before
     result = trainer.main("--resume", "auto", "--output_dir", trainer.output)
     assert result.code == 0 and f"resumed {other / 'step000006.pt'} at step 6" in result.out
@@ -446,6 +447,33 @@ def test_a_rollback_to_the_midst_of_skipped_updates_counts_anew(trainer, poisone
     assert [record["step"] for record in steps(result.folder) if record.get("skipped")] == [4, 5]
 
 
+def test_a_rollback_takes_back_no_seconds(trainer, poisoned, monkeypatch):
+    """Eight steps and the two that came to nothing, of a second each by this clock."""
+    now, step = [0.0], script.train_step
+
+    def slow_step(*args):
+        now[0] += 1
+        return step(*args)
+
+    monkeypatch.setattr(script, "train_step", slow_step)
+    monkeypatch.setattr(script, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: now[0]))
+    poisoned(5, 6)
+    folder = trainer.run(*ROLLBACK).folder
+    assert column(steps(folder), "time") == pytest.approx([1000, 2000, 3000, 4000, 7000, 8000, 9000, 10000])
+    assert content_of(folder, 8)["seconds"] == pytest.approx(10)
+
+
+def test_a_rollback_past_a_write_that_failed_saves_what_is_done_again_and_no_more(trainer, poisoned, monkeypatch):
+    """The third write, of step 6, fails, so the way back from step 8 is to step 4, whose file stays as it was."""
+    Disk(monkeypatch, 3)
+    poisoned(7, 8)
+    result = trainer.run(*ROLLBACK)
+    assert re.findall(r"rolled back from step (\d+) to \S+/(step\d+\.pt)", result.out) == [("8", "step000004.pt")]
+    assert checkpoints(result.folder) == [f"step{step:06d}.pt" for step in (3, 4, 6, 8)]
+    cursors = [content_of(result.folder, step)["loader"]["tokens"] for step in (4, 6, 8)]
+    assert cursors == [4 * 64, 10 * 64, 12 * 64]
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(trainer, poisoned):
     poisoned(1, 2)
     result = trainer.main(*trainer.flags(*ROLLBACK))
@@ -485,6 +513,17 @@ def test_a_fresh_start_writes_to_no_other_folder(trainer):
     assert {name: data for name, data in snapshot(trainer.output).items() if name in before} == before
 
 
+def test_a_run_that_is_being_trained_is_left_alone(trainer):
+    folder = trainer.run("--save_every", 3).folder
+    lock = script.make_run_folder(folder.parent, folder.name, fresh=False)[1]  # as another process has it
+    before = snapshot(folder)
+    result = trainer.main("--resume", folder / "step000003.pt")
+    assert result.code == 2 and result.err.startswith(f"error: {folder} is being trained by another process; ")
+    assert result.err.count("\n") == 1 and snapshot(folder) == before
+    lock.close()
+    assert trainer.main("--resume", folder / "step000003.pt").code == 0
+
+
 def test_run_ids_of_one_second_differ(monkeypatch):
     assert len({script.new_run_id("d12") for _ in range(20)}) > 15
     assert all("-d12-" in script.new_run_id("d12") for _ in range(3))
@@ -506,6 +545,27 @@ def test_write_atomically(tmp_path):
     assert list(tmp_path.glob("step*.pt")) == list(tmp_path.glob("*.pt")) == [path]
     script.write_atomically(path, lambda f: f.write(b"new"))
     assert path.read_bytes() == b"new"
+
+
+def test_what_write_atomically_renames_is_on_the_disk(tmp_path, monkeypatch):
+    """First the content, then the name, then the folder's entry: wherever the power fails, old or new is whole."""
+    done, fsync, replace = [], script.os.fsync, script.os.replace
+
+    def synced(number):
+        found = script.os.fstat(number)
+        done.append(("synced", found.st_ino, found.st_size if found.st_ino != tmp_path.stat().st_ino else None))
+        fsync(number)
+
+    def replaced(old, new):
+        done.append(("replaced", script.os.stat(old).st_ino))
+        replace(old, new)
+
+    monkeypatch.setattr(script.os, "fsync", synced)
+    monkeypatch.setattr(script.os, "replace", replaced)
+    path = tmp_path / "config.json"
+    script.write_atomically(path, lambda f: f.write(b"new"))
+    file = path.stat().st_ino
+    assert done == [("synced", file, 3), ("replaced", file), ("synced", tmp_path.stat().st_ino, None)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -205,6 +205,16 @@ def test_a_signal_to_a_run_that_saves_nothing_names_no_resume(trainer, monkeypat
                                                      "checkpoint yet\n")
 
 
+def test_a_path_that_nobody_looked_at_is_one_line_and_the_users_to_mend(trainer, monkeypatch):
+    def denied(*args):
+        raise PermissionError(13, "Permission denied", "/some/where")
+
+    monkeypatch.setattr(script, "TokenShards", denied)
+    result = trainer.main(*trainer.flags())
+    assert result.code == 2 and result.folder is None
+    assert result.err == "error: /some/where cannot be used (Permission denied); name another\n"
+
+
 def test_an_interruption_before_training_is_one_line(trainer, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt

@@ -125,6 +125,13 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient(float64, clip):
                                                                               rel=1e-6)
 
 
+def test_adamws_defaults_are_gpt3s():
+    """Brown et al. 2020, arXiv:2005.14165: table 2.1, the rate of 12 layers of 768, and appendix B."""
+    run = small_run()
+    assert (run.learning_rate, run.beta1, run.beta2, run.adam_eps) == (6e-4, 0.9, 0.95, 1e-8)
+    assert (run.grad_clip, run.weight_decay) == (1.0, 0.1)
+
+
 def test_a_parameter_without_a_gradient_is_left_alone():
     (a, b), optimizer = sgd(torch.zeros(2), torch.ones(2))
     a.grad = torch.tensor([3.0, 4.0])
@@ -336,6 +343,17 @@ def test_an_evaluation_that_one_process_is_asked_to_stop_is_none_for_all(tmp_pat
         assert model.training
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_validation_loss_that_is_none_ends_the_run_and_is_not_recorded(loss):
+    log, state = Records(), SimpleNamespace(step=7, tokens=112, seconds=1.0)
+    losses = dict(val_loss=loss, val_ntp_loss=loss, val_mtp_loss=loss, mtp_weight=0.0, val_targets=69)
+    with pytest.raises(script.DivergedError, match=f"^the validation loss after step 7 is {loss}; training stopped: "):
+        script.report_validation(losses, state, small_run(target_val_loss=3.0), log)
+    assert log.records == [] and log.said == []
+    assert script.report_validation(dict(losses, val_loss=3.0), state, small_run(target_val_loss=3.0), log)
+    assert [record["val_loss"] for record in log.records] == [3.0]
+
+
 def test_evaluation_keeps_no_graph_and_no_gradient(tmp_path):
     model = script.GPT(small_config())
     shards = script.TokenShards(write_shards(tmp_path, random_tokens(70)))
@@ -416,9 +434,19 @@ def test_a_record_has_the_steps_numbers(monkeypatch):
 def test_mfu_is_the_share_of_the_peak(monkeypatch):
     monkeypatch.setattr(FakeWorld, "peak_flops", lambda self: 1e6)
     run = small_run(num_iterations=1)
-    meter, log, _ = metered(monkeypatch, [2.0], run)
+    meter, log, clock = metered(monkeypatch, [2.0], run)
     flops = meter.state.model.flops_per_token(8)
     assert log.records[0]["mfu"] == pytest.approx(flops * 16 / 2 / 1e6)
+    meter.world.size = 4  # the step's tokens are those of all processes, the peak is of one
+    clock[0] += 2.0
+    submit(meter)
+    assert log.records[1]["mfu"] == pytest.approx(flops * 16 / 2 / 4e6)
+
+
+def test_what_is_left_of_a_run_whose_steps_are_not_known_is_what_is_left_of_its_minutes(monkeypatch):
+    run = small_run(num_iterations=script.UNKNOWN_STEPS, minutes=2.0)
+    _, log, _ = metered(monkeypatch, [2.0, 2.0, 2.0], run)
+    assert [record["seconds_left"] for record in log.records] == pytest.approx([118.0, 116.0, 114.0])
 
 
 @pytest.mark.parametrize("name, tflops", [
@@ -605,13 +633,27 @@ def test_the_last_step_is_recorded_where_numbers_come_late(tmp_path, monkeypatch
             self.steps.append(record["step"])
 
     monkeypatch.setattr(script, "Meter", LateMeter)
-    config, run = small_config(), small_run(num_iterations=3, save_checkpoints=False, input_val_bin="")
-    world = FakeWorld()
-    loader = script.DistributedDataLoader(script.TokenShards(write_shards(tmp_path, random_tokens(300))), run, 1, world)
-    model = script.GPT(config)
-    state = script.TrainState(model, script.make_optimizer(model, run, CPU), script.Numerics("fp32", CPU), loader)
-    script.train(state, config, run, world, Log(), "x", None, None)
+    state = trained(tmp_path, FakeWorld(), Log(), num_iterations=3)
     assert Log.steps == [1, 2, 3] and state.step == 3
+
+
+def trained(folder, world, log, **changes):
+    """The state of a run that saves and validates nothing, at its end."""
+    config, run = small_config(), small_run(save_checkpoints=False, input_val_bin="", **changes)
+    shards = script.TokenShards(write_shards(folder, random_tokens(300)))
+    model, loader = script.GPT(config), script.DistributedDataLoader(shards, run, 1, world)
+    state = script.TrainState(model, script.make_optimizer(model, run, CPU), script.Numerics("fp32", CPU), loader)
+    script.train(state, config, run, world, log, "x", None, None)
+    return state
+
+
+@pytest.mark.parametrize("every, after", [(0, []), (1, [1, 2, 3, 4, 5]), (2, [2, 4]), (5, [5]), (6, [])])
+def test_unused_memory_is_returned_after_each_so_many_steps(tmp_path, every, after):
+    world, log = FakeWorld(), Records()
+    returned = []
+    world.empty_cache = lambda: returned.append(len(log.records))
+    trained(tmp_path, world, log, num_iterations=5, empty_cache_every=every)
+    assert returned == after
 
 
 def test_the_collector_of_garbage_passes_over_what_was_there_before(trainer, monkeypatch):

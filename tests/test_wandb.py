@@ -64,6 +64,7 @@ def test_what_a_run_logs(trainer):
         row = rows[record["tokens"]]
         for name in ("train_loss", "lr", "grad_norm", "mtp_weight", "time", "peak_mem_MB", "tokens_per_second"):
             assert row[name] == pytest.approx(record[name]), name
+        assert record["mfu"] is None and "mfu" not in row  # what is not known is not there
     assert len(validations(folder)) == 2
     for record in validations(folder):
         row = rows[record["tokens"]]
