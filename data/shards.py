@@ -212,7 +212,10 @@ def in_a_line(error):
 def exit_code(act, interrupted="interrupted", known=DataError):
     """That of a command, act(): its own, None being 0; 2 for what can be mended, errors that are `known` and a file
     system's, which is one line on stderr; 130 after an interruption, which says `interrupted`; 141 where nobody reads
-    on, as before head."""
+    on, as before head. A stream that was closed before, or cannot be written, changes none of it."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         with ended_as_by_ctrl_c():
             code = act() or 0
@@ -222,11 +225,16 @@ def exit_code(act, interrupted="interrupted", known=DataError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the exit
         return 128 + signal.SIGPIPE
     except (known, OSError) as error:
-        print("error:", in_a_line(error), file=sys.stderr)
-        return 2
+        return said(2, f"error: {in_a_line(error)}")
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+        return said(130, interrupted)
+
+
+def said(code, line):
+    """The exit code, with a line on stderr if that takes it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+    return code
 
 
 def run(main):

@@ -353,3 +353,16 @@ def test_a_command_whose_reader_has_gone_ends_without_a_word():
     with open(writing, "w") as closed:
         done = subprocess.run([sys.executable, "-c", program], stdout=closed, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("streams, act, code", [
+    (">&-", "print('all')", 0), (">&- 2>&-", "print('all')", 0), (">&- 2>&-", "open('/nowhere')", 2),
+    ("2>/dev/full", "open('/nowhere')", 2), (">/dev/full", "print('all')", 2),
+])
+def test_a_stream_that_is_closed_or_full_changes_no_exit_code(streams, act, code):
+    program = f"import sys; sys.path.insert(0, {str(ROOT / 'data')!r}); import shards\n"
+    program += f"sys.exit(shards.exit_code(lambda: {act} and None))"
+    done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {streams}', sys.executable, program], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code and done.stdout == "" and "Traceback" not in done.stderr

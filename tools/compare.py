@@ -20,7 +20,8 @@ Seconds are those of training, without validation; the first step of each proces
 average one. tokens/s and ms/step are the log's, of a resumed run those since. Between validations the loss is
 interpolated.
 
-Exit codes: 0, compared; 2, one line on stderr says what to mend; 130, interrupted: the same command goes on.
+Exit codes: 0, compared; 2, one line on stderr says what to mend; 130, interrupted: the same command goes on;
+141, nobody read what was printed.
 """
 import argparse
 import bisect

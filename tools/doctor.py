@@ -11,7 +11,7 @@ third trains 2N steps with FLAGS of train_gpt2_mod.py, then resumes a copy of th
 the two runs logged and saved; --nproc trains in P processes. Both write beside the folder of runs, and --keep keeps it.
 
 Exit codes: 0, all is well; 1, something is wrong, as the lines say; 2, it could not be found out, for the reason in one
-line on stderr.
+line on stderr; 130, interrupted; 141, nobody read what was printed.
 """
 import argparse
 import collections

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import train_gpt2_mod as script  # noqa: E402
-from shards import Parser  # noqa: E402
+from shards import Parser, exit_code  # noqa: E402
 
 MOST_HEADS = 1024
 
@@ -124,13 +124,12 @@ def main(argv=None):
                     usage="plan.py --match {params,flops} PRESET -- FLAGS of train_gpt2_mod.py")
     parser.add_argument("preset", help="the baseline, a preset")
     parser.add_argument("--match", choices=("params", "flops"), required=True, help="what becomes equal")
-    try:
+
+    def show():
         args = parser.parse_args(argv[:cut])
         print("\n".join(plan(args.match, args.preset, argv[cut + 1:])))
-    except ValueError as e:  # ConfigError and the data scripts' DataError
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(show, known=ValueError)
 
 
 if __name__ == "__main__":
