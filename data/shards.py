@@ -204,8 +204,11 @@ def ended_as_by_ctrl_c():
 
 def in_a_line(error):
     """What can be mended."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename} cannot be used ({error.strerror}); mend it, or name another"
+    if isinstance(error, OSError) and error.strerror:
+        place = "the output, or a file," if error.filename is None else error.filename
+        return f"{place} cannot be used ({error.strerror}); mend it, or name another"
+    if isinstance(error, UnicodeEncodeError):
+        return f"the output is {error.encoding}, which lacks a character of the text; set PYTHONIOENCODING=utf-8"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -238,6 +241,6 @@ def said(code, line):
 
 
 def run(main):
-    """Run main(argv) of a script of this folder as a command."""
+    """Run main(argv), which makes files, as a command."""
     sys.exit(exit_code(lambda: main(sys.argv[1:]),
                        "interrupted; nothing half-done is left, run the same command again"))

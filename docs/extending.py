@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 if getattr(sys.modules.get(MODULE), "IS_PROGRAM", False):
     del sys.modules[MODULE]
 import train_gpt2_mod as script  # noqa: E402
-from shards import exit_code, in_a_line  # noqa: E402
+from shards import exit_code  # noqa: E402
 
 
 def exchange(**parts):
@@ -138,11 +138,7 @@ def main(argv, program, modules=(), cache=lambda own: own):
     argv = sys.argv[1:] if argv is None else argv
     if not argv or not argv[0].endswith(".py"):
         return script.main(argv)
-    try:
-        return run_other(argv[0], argv[1:], program, modules, cache)
-    except (ValueError, OSError) as e:  # of hf.py, which leaves them to its own last lines
-        print(f"error: {in_a_line(e)}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: run_other(argv[0], argv[1:], program, modules, cache), known=ValueError)  # hf.py's, too
 
 
 # ----------------------------------------------------------------------------------------------------------------------

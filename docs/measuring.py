@@ -55,12 +55,9 @@ def append(path, *records):
 
 def write(path, text):
     """A document, so that a kill leaves the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    import train_gpt2_mod as script
+
+    script.write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def check_place(what, path, folder=False, remedy="name another"):

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 import train_gpt2_mod as script  # noqa: E402
+from shards import exit_code, require  # noqa: E402
 
 TOKENS, WIDTH, HEADS, SIZE = 65536, 1024, 16, 64  # of the norms; of the attention, whose tokens are fewer:
 ATTENDING = 16384
@@ -119,6 +120,7 @@ def free_memory():
 
 
 def main(groups):
+    require(torch.cuda.is_available(), "no CUDA device, and these are a GPU's kernels; run it where there is one")
     for asked in groups:
         for row in group(asked):
             print(json.dumps(row), flush=True)
@@ -127,6 +129,4 @@ def main(groups):
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("error: no CUDA device, and these are a GPU's kernels; run it where there is one")
-    main(list(map(json.loads, sys.argv[1:])))
+    sys.exit(exit_code(lambda: main(list(map(json.loads, sys.argv[1:])))))

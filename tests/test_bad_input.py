@@ -330,7 +330,10 @@ def ended(error):
     (lambda: ended(ValueError()), ValueError, 2, "error: ValueError\n"),
     (lambda: open("/nowhere/file"), shards.DataError, 2,
      "error: /nowhere/file cannot be used (No such file or directory); mend it, or name another\n"),
-    (lambda: ended(OSError(errno.ENOSPC, "No space left")), ValueError, 2, "error: [Errno 28] No space left\n"),
+    (lambda: ended(OSError(errno.ENOSPC, "No space left")), ValueError, 2,
+     "error: the output, or a file, cannot be used (No space left); mend it, or name another\n"),
+    (lambda: "ü".encode("ascii"), ValueError, 2,
+     "error: the output is ascii, which lacks a character of the text; set PYTHONIOENCODING=utf-8\n"),
     (lambda: ended(KeyboardInterrupt()), ValueError, 130, "stopped\n"),
     (lambda: os.kill(os.getpid(), signal.SIGTERM) or signal.sigtimedwait([], 5), ValueError, 130, "stopped\n"),
 ])

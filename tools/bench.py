@@ -41,7 +41,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))
-from shards import DataError, Parser, ShardWriter, exit_code, require, sha256_of  # noqa: E402
+from shards import DataError, Parser, ShardWriter, ended_as_by_ctrl_c, exit_code, require, sha256_of  # noqa: E402
 
 MODULE = "train_gpt2_mod"  # the name under which a worker imports the script, wherever it lies
 WORK = "--worker"  # makes this file a worker
@@ -411,5 +411,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a job that is ended cleans up as Ctrl-C does
-    sys.exit(work() if sys.argv[1:] == [WORK] else main())
+    if sys.argv[1:] != [WORK]:
+        sys.exit(main())
+    with ended_as_by_ctrl_c():
+        work()

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))
-from shards import DataError, Parser, require  # noqa: E402
+from shards import DataError, Parser, exit_code, require  # noqa: E402
 
 METRICS = "metrics.jsonl"
 GENERATOR = '<meta name="generator" content="train_gpt2_mod, tools/report.py">'  # by which a report is known
@@ -448,32 +448,31 @@ def write(path, content):
         partial.unlink(missing_ok=True)
 
 
-def main(argv=None):
+def report(argv):
     parser = Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("paths", nargs="*", type=Path, default=[Path("logs")], metavar="PATH",
                         help="a run's folder, or a folder of runs, of which the newest is meant [logs]")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE",
                         help="the page to write [report.html]")
     parser.add_argument("--sample_file", type=Path, metavar="FILE", help="text to show, such as tools/sample.py prints")
+    args = parser.parse_args(argv)
+    folders = list(dict.fromkeys(find(path).resolve() for path in args.paths))
+    names = [folder.name for folder in folders]
+    runs = [read_run(folder, folder.name if names.count(folder.name) == 1 else str(folder)) for folder in folders]
+    sample = args.sample_file and (args.sample_file.name, args.sample_file.read_text("utf-8", "replace"))
+    content = page(runs, sample).encode("utf-8", "replace")
     try:
-        args = parser.parse_args(argv)
-        folders = list(dict.fromkeys(find(path).resolve() for path in args.paths))
-        names = [folder.name for folder in folders]
-        runs = [read_run(folder, folder.name if names.count(folder.name) == 1 else str(folder)) for folder in folders]
-        sample = args.sample_file and (args.sample_file.name, args.sample_file.read_text("utf-8", "replace"))
-        content = page(runs, sample).encode("utf-8", "replace")
         write(args.output, content)
-    except DataError as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
-    except OSError as e:
-        print(f"error: {e.filename or args.output} cannot be used ({e.strerror}); name another", file=sys.stderr)
-        return 2
+    except OSError as e:  # which of a full disk names no file
+        raise OSError(e.errno, e.strerror, e.filename or str(args.output)) from e
     try:
         print(f"{args.output}: {', '.join(run.name for run in runs)}; {len(content):,} bytes", flush=True)
     except (OSError, UnicodeEncodeError):  # the page is there
         sys.stdout = open(os.devnull, "w")
-    return 0
+
+
+def main(argv=None):
+    return exit_code(lambda: report(argv))
 
 
 if __name__ == "__main__":

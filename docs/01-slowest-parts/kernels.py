@@ -15,8 +15,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "data")]
 import train_gpt2_mod as script  # noqa: E402
+from shards import exit_code, require  # noqa: E402
 
 CHOICES = ((1, 8192, 16), (2, 8192, 16), (3, 8192, 16), (4, 8192, 16), (2, 8192, 32))  # rows, block, warps
 WINDOWS = {1024: (128, 256, 512), 4096: (128, 1024, 2048)}
@@ -79,10 +80,13 @@ def attention(T):
               f"{forward_and_backward(flat, tensors):.2f}")
 
 
-if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("error: no CUDA device, and these are a GPU's kernels; run it where there is one")
+def main():
+    require(torch.cuda.is_available(), "no CUDA device, and these are a GPU's kernels; run it where there is one")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     losses()
     for length in WINDOWS:
         attention(length)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))
