@@ -12,10 +12,10 @@ measured.
 A run measures what experiments.jsonl does not hold yet for this GPU, in the order of --plan: speed and memory,
 operations alone, then losses after equal tokens and after equal seconds; it appends a record each, and at its end
 writes the results into the folders' README.md and what docs/claims.py makes. So the same command goes on where the last
-one stopped. Runs of the same flags are the same run, in whatever experiment. Only losses need shards, of GPT-2's
-vocabulary. --only picks experiments, --kind their parts, --seeds says how many, --budget_s when to stop; --parallel N
-has N runs of the losses on each GPU at a time, whose losses count but not their speed; those of equal seconds are one
-at a time. The last two print, and write.
+one stopped. Runs of the same flags are the same run, in whatever experiment, and a few parts of speed are timed in turn
+by one call of tools/bench.py. Only losses need shards, of GPT-2's vocabulary. --only picks experiments, --kind their
+parts, --seeds says how many, --budget_s when to stop; --parallel N has N runs of the losses on each GPU at a time,
+whose losses count but not their speed; those of equal seconds are one at a time. The last two print, and write.
 
     python docs/experiments.py --script docs/24-mamba-2/mamba.py --model d12_mamba2
 
@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ KINDS = ("speed", "kernels", "loss", "seconds")
 RUNS = ("loss", "seconds")  # kinds that train
 CONFIDENCE = 0.95
 WINDOWS = "--warmup 5 --windows 3 --steps 6"
+TOGETHER = 9  # command lines at most of several parts that share a call of tools/bench.py
 BEGIN, END = "<!-- made by docs/experiments.py -->", "<!-- end -->"
 NOT_RUN = "not run yet"
 DATA = "--input_bin 'data/fineweb10B/fineweb_train_*.bin' --input_val_bin 'data/fineweb10B/fineweb_val_*.bin'"
@@ -102,7 +103,7 @@ def at_length(T):
     """Attention by two kernels, in a step and alone."""
     return Part("speed", f"4 layers of `d12`, 8,192 tokens a step, T = {T:,}",
                 f"--model d12 --n_layer 4 --sequence_length {T} --batch_size {8192 // T} --total_batch_size 8192",
-                {"math": "--attention math", "flash": "--attention flash"}, "--steps 20")
+                {"math": "--attention math", "flash": "--attention flash"}, "--steps 20 --builds 4")
 
 
 def stacked():
@@ -124,7 +125,7 @@ def against_d12(program, *presets, long=None):
                for name in presets}
         return {"d12": "--model d12", **{name: " ".join(flags.split()) for name, flags in its.items()}}
 
-    alike, brief = "--batch_size 16 --total_batch_size 65536", "--warmup 3 --steps 4"
+    alike, brief = "--batch_size 16 --total_batch_size 65536", "--warmup 3 --steps 4 --builds 4"
     return {
         "T=1024": Part("speed", "65,536 tokens a step, 16 sequences of 1,024 at a time", alike, arms(), brief),
         "T=8192": Part("speed", "65,536 tokens a step, 2 sequences of 8,192 at a time",
@@ -227,7 +228,7 @@ EXPERIMENTS = {
     "stacking": Experiment("20-stacking", {
         "gpt2": Part("speed", "GPT-2 of 12 layers without dropout, 16,384 tokens a step",
                      "--model gpt2 --dropout 0 --batch_size 8 --total_batch_size 16384", stacked(),
-                     "--warmup 3 --steps 4"),
+                     "--warmup 3 --steps 4 --builds 4"),
     }),
     "gradient-accumulation": Experiment("06-gradient-accumulation", {
         "equal step": Part("speed", "GPT-2, 65,536 tokens a step in fewer or more micro-batches", "--model gpt2", {
@@ -280,13 +281,13 @@ EXPERIMENTS = {
                                                 "--batch_size 8 --grad_accum_steps 12",
                              "5. GPT-2 Medium": "--d_model 1024 --n_layers 24 --n_heads 16 --n_kv_heads 4 --ffn_hidden "
                                                 "4096 --batch_size 4 --grad_accum_steps 16"},
-                         "--warmup 3 --windows 2 --steps 4"),
+                         "--warmup 3 --windows 2 --steps 4 --builds 4"),
         "memory": Part("speed", "`sized` with a hidden width of 8/3 in bf16: what doubles, what grows",
                        "--model sized --sequence_length 1024 --grad_accumulation_steps 2 --precision bf16", {
                            "16 layers": "--n_layer 16 --batch_size 8", "32 layers": "--n_layer 32 --batch_size 8",
                            "16 layers of 1024": "--n_layer 16 --n_embd 1024 --n_kv_head 4 --batch_size 8",
                            "16 layers, batch of 16": "--n_layer 16 --batch_size 16"},
-                       "--warmup 3 --windows 2 --steps 4"),
+                       "--warmup 3 --windows 2 --steps 4 --builds 4"),
     }),
     "mixture-of-experts": Experiment("23-mixture-of-experts", against_d12("23-mixture-of-experts/moe.py", "d12_moe")),
     "mamba-2": Experiment("24-mamba-2", against_d12("24-mamba-2/mamba.py", "d12_mamba2")),
@@ -322,8 +323,17 @@ def script_flags(flags):
     those of `d12`, which it has the size of."""
     typed = last_of(flags)
     typed |= dict(model="d12") if "script" in typed else {}
-    return " ".join(f"--{name}" + (f" {value}" if value else "") if value != "no" else f"--no_{name}"
-                    for name, value in typed.items() if name not in NOT_THE_SCRIPTS)
+    return words_of({name: value for name, value in typed.items() if name not in NOT_THE_SCRIPTS})
+
+
+def words_of(typed):
+    """What last_of() understood, as one types it."""
+    return " ".join(f"--no_{name}" if value == "no" else f"--{name} {value}".strip() for name, value in typed.items())
+
+
+def line_of(part, arm):
+    """Its command line for tools/bench.py, the same for arms of the same flags."""
+    return words_of(dict(sorted(last_of(f"{part.flags(arm)} --seed 1").items())))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,8 +379,36 @@ def arm_seconds(part, arm):
 
 
 def part_seconds(part, started=False):
-    """Of speed and kernels, whose process may have been started by another part of kernels."""
+    """Of kernels, whose process may have been started by another part."""
     return STARTING * (not started) + sum(arm_seconds(part, arm) for arm in part.arms)
+
+
+def together(places):
+    """The parts of speed [(experiment, part's name, Part)] in groups that share a call of tools/bench.py: of the same
+    settings, those of the same common flags side by side."""
+    alike, groups = {}, []
+    for place in places:
+        alike.setdefault(place[2].settings, {}).setdefault(place[2].common, []).append(place)
+    for its in alike.values():
+        lines = None
+        for place in chain(*its.values()):
+            more = {line_of(place[2], arm) for arm in place[2].arms}
+            if lines is None or len(lines | more) > TOGETHER:
+                groups.append([])
+                lines = set()
+            groups[-1].append(place)
+            lines |= more
+    return groups
+
+
+def group_seconds(group):
+    """What each part of a group adds: the first the start, and each the lines that none before it has."""
+    lines, found = set(), []
+    for _, _, part in group:
+        fresh = {line: arm for arm in part.arms if (line := line_of(part, arm)) not in lines}
+        found.append(STARTING * (not lines) + sum(arm_seconds(part, arm) for arm in fresh.values()))
+        lines |= fresh.keys()
+    return found
 
 
 def expected_seconds(run, rows, sharing=0):
@@ -389,17 +427,21 @@ def run_key(name, part, arm):
 
 def print_plan(names, kinds, seeds):
     """A part a line, in the order in which they are run, with what is there already on whatever GPU. Kernels have one
-    process; a run that another part has too counts there where it is first."""
+    process; what another part has too counts there where it is first."""
     rows, total, started, seen = measuring.read(RESULTS), 0.0, False, set()
+    every = parts(names, kinds)
+    groups = together([place for place in every if place[2].kind == "speed"])
+    speed = {place[:2]: seconds for group in groups for place, seconds in zip(group, group_seconds(group))}
     print(f"{'expected s':>10} {'in all':>7}  {'kind':8} {'there':>7}  experiment: part")
-    for name, title, part in parts(names, kinds):
-        if part.kind in RUNS:
+    for name, title, part in [*chain(*groups), *(place for place in every if place[2].kind != "speed")]:
+        if part.kind == "speed":
+            seconds = speed[name, title]
+        elif part.kind in RUNS:
             fresh = {arm: key for arm in part.arms if (key := run_key(name, part, arm)) not in seen}
             seconds = seeds * sum(arm_seconds(part, arm) for arm in fresh)
             seen.update(fresh.values())
         else:
-            seconds = part_seconds(part, started and part.kind == "kernels")
-            started |= part.kind == "kernels"
+            seconds, started = part_seconds(part, started), True
         total += seconds
         every = len(part.arms) * (seeds if part.kind in RUNS else 1)
         there = sum(len({r.get("seed") for r in rows if is_of(r, name, title, part, arm)}) for arm in part.arms)
@@ -423,58 +465,55 @@ def is_of(record, name, title, part, arm):
     return last_of(part.flags(arm)) == last_of(record["flags"])
 
 
-def bench(part, arms, settings=""):
-    """Records of tools/bench.py for those arms. Raises RuntimeError with its one line."""
+def bench(lines, settings):
+    """{line: the record of tools/bench.py}. Raises RuntimeError with its one line."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.jsonl"
-        how = f"{WINDOWS} --builds 2 {part.settings} {settings}"
-        command = [sys.executable, ROOT / "tools" / "bench.py", *how.split(), "--json", found,
-                   *(f"--seed 1 {part.arms[arm]}" for arm in arms), "--", *part.common.split()]
+        how = f"{WINDOWS} --builds 2 {settings}"
+        command = [sys.executable, ROOT / "tools" / "bench.py", *how.split(), "--json", found, *lines, "--"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(last_line(done.stderr))
-        return [json.loads(line) for line in found.read_text().splitlines()]
+        return dict(zip(lines, map(json.loads, found.read_text().splitlines())))
 
 
 def last_line(stderr):
     return (stderr.strip().splitlines() or ["it said nothing"])[-1]
 
 
-def speed_records(part):
-    """A record of each arm. One that has no room, nor when it compiles alone, is recorded as such, and the others are
-    measured without it."""
+def speed_records(*asked):
+    """The records of each of these parts, whose lines take turns, equal ones as one. A line that has no room, nor when
+    it compiles alone, is recorded as such, and the others are measured without it; but of several parts it may have
+    room where the others are not: RuntimeError, as for other faults."""
     import torch
 
-    gpu, arms, failed = dict(gpu=measuring.gpu_name(), torch=torch.__version__), list(part.arms), {}
-    found, settings = {}, ""
-    while arms:
+    gpu, failed, found, alone = dict(gpu=measuring.gpu_name(), torch=torch.__version__), {}, {}, ""
+    lines = list(dict.fromkeys(line_of(part, arm) for part in asked for arm in part.arms))
+    while lines:
         try:
-            found = dict(zip(arms, bench(part, arms, settings)))
+            found = bench(lines, f"{asked[0].settings} {alone}")
             break
         except RuntimeError as error:
-            full = [arm for arm in arms if "memory" in str(error) and f'"{text_of(part, arm)}"' in str(error)]
-            if not full:
+            full = [line for line in lines if "memory" in str(error) and f'"{line}"' in str(error)]
+            if not full or len(asked) > 1:
                 raise
-            if settings:
+            if alone:
                 failed[full[0]] = str(error)
-                arms.remove(full[0])
-            settings = "--builds 1"
+                lines.remove(full[0])
+            alone = "--builds 1"
     kept = ("flags", "script_sha256", "date", "warmup", "steps", "parameters", "flops_per_token", "tokens_per_step",
             "first_step_s", "windows_ms", "step_ms", "tokens_per_second", "mfu", "peak_mem_MB", "infinite_gradients",
             "gpu", "torch")
-    rows = [{"arm": arm, **{key: record[key] for key in kept}, "flags": part.flags(arm)}
-            for arm, record in found.items()]
-    rows += [dict(arm=arm, flags=part.flags(arm), failed=words, script_sha256=measuring.source(), **gpu)
-             for arm, words in failed.items()]
-    for row in rows:
-        if own := measuring.extended_by(row["flags"]):  # tools/bench.py's hash is of the program alone
-            row["script_sha256"] = measuring.source(*own)
-    return rows
 
+    def record(part, arm):
+        row, own = dict(arm=arm, flags=part.flags(arm)), measuring.extended_by(part.flags(arm))
+        if words := failed.get(line_of(part, arm)):
+            return dict(row, failed=words, script_sha256=measuring.source(*own), **gpu)
+        measured = found[line_of(part, arm)]
+        row = {**row, **{key: measured[key] for key in kept}, "flags": part.flags(arm)}
+        return row | (dict(script_sha256=measuring.source(*own)) if own else {})  # bench.py's is of the program alone
 
-def text_of(part, arm):
-    """The name that tools/bench.py has for an arm."""
-    return " ".join(f"--seed 1 {part.arms[arm]} {part.common}".split())
+    return [[record(part, arm) for arm in part.arms] for part in asked]
 
 
 def kernel_records(asked):
@@ -512,10 +551,11 @@ def run_parts(names, kinds, end):
         return [(name, title, part) for name, title, part in parts(names, kinds) if part.kind == kind
                 and not all(any(is_of(r, name, title, part, arm) for r in rows) for arm in part.arms)]
 
-    def fits(name, title, seconds):
+    def fits(seconds, name="", title=""):
         if time.monotonic() + measuring.MARGIN * seconds <= end:
             return True
-        print(f"no time left for {name}: {title}", flush=True)
+        if name:
+            print(f"no time left for {name}: {title}", flush=True)
         return False  # a shorter one may have it
 
     def keep(name, title, part, found, wrong=""):
@@ -526,21 +566,29 @@ def run_parts(names, kinds, end):
             print(f"failed: {name}: {title}: {wrong}", flush=True)
         return bool(wrong)
 
-    for name, title, part in missing("speed"):
-        if not fits(name, title, part_seconds(part)):
+    waiting = together(missing("speed"))
+    while waiting:
+        group = waiting.pop(0)
+        one_by_one = [[place] for place in group] if len(group) > 1 else []
+        if not fits(sum(group_seconds(group)), *group[0][:2] * (not one_by_one)):
+            waiting[:0] = one_by_one
             continue
         try:
-            found, wrong = speed_records(part), ""
+            found, wrong = speed_records(*(part for *_, part in group)), ""
         except Exception as error:  # whatever it is, the next part may do
-            found, wrong = [], measuring.why(error)
-        failures += keep(name, title, part, found, wrong)
-    together, seconds = [], 0.0
+            found, wrong = [[]], measuring.why(error)
+            if one_by_one:
+                print(f"not together: {wrong}", flush=True)
+                waiting[:0] = one_by_one
+                continue
+        failures += sum(keep(*place, rows, wrong) for place, rows in zip(group, found))
+    fitting, seconds = [], 0.0
     for name, title, part in missing("kernels"):
-        more = part_seconds(part, started=bool(together))
-        if fits(name, title, seconds + more):
-            together.append((name, title, part))
+        more = part_seconds(part, started=bool(fitting))
+        if fits(seconds + more, name, title):
+            fitting.append((name, title, part))
             seconds += more
-    for its, place in zip(kernel_records([part for *_, part in together]), together):
+    for its, place in zip(kernel_records([part for *_, part in fitting]), fitting):
         failures += keep(*place, *its)
     return failures
 

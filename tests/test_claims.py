@@ -364,11 +364,10 @@ def bench(monkeypatch, tmp_path):
         words = list(map(str, command))
         asked.append(words)
         if words[1].endswith("bench.py"):
-            lines = [word for word in words[:words.index("--")] if word.startswith("--seed 1 ")]
-            full = [line for line in lines if "--attention math" in line and "--sequence_length 8192" in " ".join(words)]
+            lines = words[words.index("--json") + 2 : words.index("--")]
+            full = [line for line in lines if "--attention math" in line and "--sequence_length 8192" in line]
             if full:
-                shown = " ".join(shlex.split(full[0]) + words[words.index("--") + 1 :])
-                return types_done(2, f'error: "{shown}": OutOfMemoryError: CUDA out of memory')
+                return types_done(2, f'error: "{full[0]}": OutOfMemoryError: CUDA out of memory')
             keys = dict(gpu=GPU, torch="2", script_sha256="f" * 64, date="", warmup=1, steps=1, parameters=1, mfu=None,
                         flops_per_token=1, tokens_per_step=1, first_step_s=1.0, windows_ms=[1.0], step_ms=1.0,
                         tokens_per_second=1.0, peak_mem_MB=1, infinite_gradients=0)
@@ -407,7 +406,6 @@ def test_nothing_is_measured_twice(bench, capsys):
     assert experiments.main(["--only", "rmsnorm", "--kind", "speed", "kernels"]) == 0
     assert [words[1].rpartition("/")[2] for words in bench] == ["bench.py", "op_times.py"]
     assert len(bench[1]) == 4  # both groups of operations in one process
-    assert all(len(word.split()) > 1 for word in bench[0][:bench[0].index("--")] if word.startswith("--seed"))
     rows = measuring.read(experiments.RESULTS)
     assert [row["arm"] for row in rows] == ["layernorm", "rmsnorm"] * 3
     assert experiments.main(["--only", "rmsnorm", "--kind", "speed", "kernels"]) == 0 and len(bench) == 2
@@ -417,14 +415,33 @@ def test_nothing_is_measured_twice(bench, capsys):
 def test_an_arm_without_room_is_recorded_and_the_others_are_measured(bench, capsys):
     assert experiments.main(["--only", "flash-attention", "--kind", "speed"]) == 0
     rows = [r for r in measuring.read(experiments.RESULTS) if r["part"] == "T=8192"]
-    assert [(row["arm"], "failed" in row) for row in rows] == [("flash", False), ("math", True)]
-    assert experiments.main(["--only", "flash-attention", "--kind", "speed"]) == 0 and len(bench) == 8
-    assert "--builds 1" in " ".join(bench[6])  # before it is given up
+    assert [(row["arm"], "failed" in row) for row in rows] == [("math", True), ("flash", False)]
+    tries = [(len(words[words.index("--json") + 2 : -1]), " ".join(words).count("--builds 1")) for words in bench]
+    assert tries == [(8, 0), (4, 0), (2, 0), (2, 0), (2, 1), (1, 1)]  # with T=4096, then alone, before it is given up
+    assert experiments.main(["--only", "flash-attention", "--kind", "speed"]) == 0 and len(bench) == 6
+
+
+def test_parts_share_a_call_and_equal_lines_a_process(bench, capsys):
+    names = ["rmsnorm", "rope-embeddings", "swiglu", "gradient-accumulation"]
+    assert experiments.main(["--only", *names, "--kind", "speed"]) == 0 and len(bench) == 1
+    assert len(bench[0][bench[0].index("--json") + 2 : -1]) == 4 + 3  # one base for three of the parts
+    rows = measuring.read(experiments.RESULTS)
+    assert [row["arm"] for row in rows][:6] == ["layernorm", "rmsnorm", "learned", "rope", "GELU, 4", "SwiGLU, 8/3"]
+    assert all(row["flags"] == part_of(row["experiment"], row["part"]).flags(row["arm"]) for row in rows)
+    every = experiments.together([place for place in PARTS if place[2].kind == "speed"])
+    assert sorted(place[:2] for group in every for place in group) == sorted(
+        place[:2] for place in PARTS if place[2].kind == "speed")
+    for group in every:
+        lines = {experiments.line_of(part, arm) for *_, part in group for arm in part.arms}
+        assert len({part.settings for *_, part in group}) == 1 and (len(lines) <= experiments.TOGETHER)
+        alone = sum(sum(experiments.group_seconds([place])) for place in group)
+        assert len(group) == 1 or sum(experiments.group_seconds(group)) < alone - experiments.STARTING / 2
 
 
 def test_another_failure_is_said_and_the_next_part_goes_on(bench, monkeypatch, capsys):
     whole = experiments.bench
-    monkeypatch.setattr(experiments, "bench", lambda part, *how: whole(part, *how) if "d12" in part.common else 1 / 0)
+    monkeypatch.setattr(experiments, "bench", lambda lines, how: 1 / 0 if "medium" in " ".join(lines) else
+                        whole(lines, how))
     assert experiments.main(["--only", "torch-compile", "--kind", "speed"]) == 1
     assert "failed: torch-compile: gpt2-medium: ZeroDivisionError" in capsys.readouterr().out
     assert {row["part"] for row in measuring.read(experiments.RESULTS)} == {"d12", "first steps"}
@@ -742,6 +759,7 @@ def test_a_record_is_of_the_program_that_has_its_network(bench, monkeypatch, tmp
 def test_the_bench_takes_the_command_lines(monkeypatch):
     """Each arm is a command line of tools/bench.py, under the name that is looked for when it does not fit."""
     tool = bench_tool()
+    monkeypatch.setattr(measuring, "gpu_name", lambda: GPU)
 
     def run(command, **how):
         words = list(map(str, command[2:]))
@@ -754,14 +772,14 @@ def test_the_bench_takes_the_command_lines(monkeypatch):
         commands = []
         if part.kind == "speed":
             with pytest.raises(RuntimeError, match="enough"):
-                experiments.bench(part, list(part.arms))
+                experiments.speed_records(part)
             args, lines = tool.read_arguments(commands[0])
-            assert [text for text, *_ in lines] == [experiments.text_of(part, arm) for arm in part.arms], title
+            assert [text for text, *_ in lines] == [experiments.line_of(part, arm) for arm in part.arms], title
             flags = [experiments.last_of(shlex.join(flags)) for *_, flags in lines]
             wanted = [experiments.last_of(f"{part.flags(arm)} --seed 1") for arm in part.arms]
             paths = [ROOT / its.pop("script", "train_gpt2_mod.py") for its in wanted]
             assert flags == wanted and [path for _, path, _ in lines] == paths
-            assert args.warmup >= 1 and args.builds == (1 if "builds 1" in part.settings else 2)
+            assert args.warmup >= 1 and args.builds == int(experiments.last_of(part.settings).get("builds", 2))
 
 
 def test_the_annealed_weight(monkeypatch):
