@@ -143,8 +143,11 @@ EXPERIMENTS = {
         "gpt2-medium": Part("speed", "the documents' 24-layer model", MEDIUM,
                             {"eager": "--no_compile", "compiled": "--compile"}, "--builds 1"),
         "d12": Part("speed", "`d12`", LARGE_D12 + " --model d12", {
-            "eager": "--no_compile", "compiled": "--compile",
-            "reduce-overhead": "--compile --compile_mode reduce-overhead"}, "--builds 1"),
+            "eager": "--no_compile", "compiled": "--compile"}, "--builds 1"),
+        "CUDA graphs": Part("speed", "`d12`, one micro-batch a step", "--batch_size 64 --total_batch_size 65536 "
+                            "--model d12 --compile", {
+                                "compiled": "", "reduce-overhead": "--compile_mode reduce-overhead"},
+                            "--builds 1 --steps 12"),
         "first steps": Part("speed", "windows of 3 steps from the third step on", LARGE_D12 + " --model d12",
                             {"compiled": "--compile"}, "--warmup 1 --windows 8 --steps 3"),
     }),
@@ -161,7 +164,7 @@ EXPERIMENTS = {
     "mixed-precision": Experiment("11-mixed-precision", {
         "gpt2-medium": Part("speed", "the documents' 24-layer model", MEDIUM, {
             "fp32": "--precision fp32", "fp16": "--precision fp16", "bf16": "--precision bf16",
-            "fp8": "--precision fp8"}),
+            "fp8": "--precision fp8"}, "--builds 1"),  # fp32 has no room for another beside it
         "loss": Part("loss", "GPT-2's parts, 6 layers of width 384, 29.8 M tokens", f"{GPT2_D6} {LONG}", {
             "fp32": "--precision fp32", "fp16": "--precision fp16", "bf16": "--precision bf16",
             "fp8": "--precision fp8"}),
