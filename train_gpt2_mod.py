@@ -1261,6 +1261,8 @@ class RunLog(NullLog):
     def __init__(self, folder, lock, log_every, wandb_run=None):
         self.folder, self.lock, self.log_every, self.wandb_run = folder, lock, log_every, wandb_run
         self.complained = False  # of a file that cannot be written
+        # W&B's step of a record is its tokens, or the next one where a rollback or a resume has gone behind the last
+        self.wandb_at = None, wandb_run.starting_step if wandb_run else 0
         self.file, self.metrics = GrowingFile(folder / f"{folder.name}.log"), GrowingFile(folder / "metrics.jsonl")
         self.overwrite = "\r\x1b[K" if sys.stdout and sys.stdout.isatty() else ""
 
@@ -1281,7 +1283,9 @@ class RunLog(NullLog):
     def record(self, record, steps):
         line = format_record(record, steps)
         self.metrics.write(json.dumps(record) + "\n")
-        self.tell_wandb("log", {k: v for k, v in record.items() if v is not None}, step=record["tokens"])
+        tokens, (before, last) = record["tokens"], self.wandb_at
+        self.wandb_at = tokens, max(tokens, last + (tokens != before))
+        self.tell_wandb("log", {k: v for k, v in record.items() if v is not None}, step=self.wandb_at[1])
         step = record["step"]
         if "val_loss" in record or record.get("skipped") or step % self.log_every == 0 or step in (1, steps):
             self.text(line)
@@ -1470,6 +1474,7 @@ def start_wandb(wandb, run, run_id, settings, folder):
     except (wandb.Error, ValueError) as e:
         raise ConfigError(f"log_wandb: W&B does not start ({first_line(e)}); set WANDB_MODE=offline, or drop the "
                           "flag") from e
+    started.define_metric("*", step_metric="tokens")  # the x-axis: W&B's own step has to rise, tokens need not
     return started, note
 
 

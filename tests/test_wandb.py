@@ -1,10 +1,12 @@
 """Weights & Biases without its network: the file that an offline run leaves is read back."""
 import base64
 import hashlib
+import itertools
 import json
 import struct
 import sys
 import threading
+import types
 
 import pytest
 import wandb
@@ -124,6 +126,44 @@ def test_a_resumed_run_goes_on_in_the_same(trainer):
     rows = history(read_wandb(after))  # the validation of the step that was saved, and the steps that were done again
     assert [*rows] == [192, 256, 320, 384] and "val_loss" in rows[192] and "train_loss" not in rows[192]
     assert rows[384]["train_loss"] == history(read_wandb(before))[384]["train_loss"]
+
+
+def test_what_a_rollback_does_again_is_there_too(trainer, monkeypatch):
+    """W&B takes no step below its last one, so its steps rise and the charts are against tokens."""
+    plain, calls = script.GPT.loss, itertools.count(1)
+
+    def loss(self, *values):
+        found = plain(self, *values)
+        return found * float("nan") if self.training and next(calls) in (5, 6) else found
+
+    monkeypatch.setattr(script.GPT, "loss", loss)
+    monkeypatch.setenv("WANDB_SILENT", "false")
+    result = trainer.run("--log_wandb", "--num_iterations", 8, "--nan_policy", "rollback", "--nan_limit", 2,
+                         "--save_every", 4)
+    assert "Tried to log" not in result.err
+    folder = result.folder
+    found = read_wandb(next(folder.rglob("*.wandb")))
+    rows = history(found)
+    assert [*rows] == [64, 128, 192, 256, 320, 384, 385, 386, 448, 512]
+    assert [row["tokens"] for row in rows.values()] == [64, 128, 192, 256, 320, 384, 320, 384, 448, 512]
+    last = {row["tokens"]: row for row in rows.values()}
+    assert column(steps(folder), "step") == list(range(1, 9)) and column(validations(folder), "step") == [3, 6, 8]
+    for record in records(folder):
+        values = {name: value for name, value in record.items() if value is not None}
+        assert values.items() <= last[record["tokens"]].items() | dict(step=record["step"], time=record["time"]).items()
+    metric, = [record.metric for record in found if record.WhichOneof("record_type") == "metric" and
+               record.metric.glob_name]
+    assert (metric.glob_name, metric.step_metric) == ("*", "tokens")
+
+
+def test_a_resume_online_goes_on_behind_the_last_step(tmp_path):
+    """From a checkpoint before what was logged: W&B says where its steps go on."""
+    asked = []
+    online = types.SimpleNamespace(starting_step=513, log=lambda values, step: asked.append((values["tokens"], step)))
+    log = script.RunLog(tmp_path, None, 10, online)
+    for step in (4, 5, 5, 9):
+        log.record(dict(step=step, tokens=64 * step, skipped=True), 9)
+    assert asked == [(256, 514), (320, 515), (320, 515), (576, 576)]
 
 
 @pytest.mark.parametrize("flags, said", [
