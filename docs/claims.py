@@ -427,9 +427,7 @@ OPTIONS = [
         folder="01-slowest-parts", base=dict(name="table", flags="--model d12 --batch_size 16"),
         variant=dict(name="table", flags="--model d12 --batch_size 64"), metric="speed")]),
     ("13. Less memory for time", "`--gradient_checkpointing`", ["checkpointing-memory", dict(
-        folder="01-slowest-parts", base=dict(name="checkpointing", flags="--model d12 --batch_size 64"),
-        variant=dict(name="checkpointing", flags="--model d12 --batch_size 64 --gradient_checkpointing"),
-        metric="speed")]),
+        experiment="gradient-checkpointing", part="gpt2-medium", arm="checkpointing", metric="speed")]),
     ("14. RMSNorm for LayerNorm", "`--use_rmsnorm`", ["rmsnorm-step", "rmsnorm-loss"]),
     ("15. Multi-token prediction, four heads", "`--mtp_enabled --mtp_max_steps 4`", ["mtp-cost"]),
 ]

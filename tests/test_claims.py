@@ -416,6 +416,8 @@ def test_an_arm_without_room_is_recorded_and_the_others_are_measured(bench, caps
     assert experiments.main(["--only", "flash-attention", "--kind", "speed"]) == 0
     rows = [r for r in measuring.read(experiments.RESULTS) if r["part"] == "T=8192"]
     assert [(row["arm"], "failed" in row) for row in rows] == [("math", True), ("flash", False)]
+    first = [(r["part"], r["arm"]) for r in measuring.read(experiments.RESULTS)]
+    assert first[-4:] == [("T=4096", "math"), ("T=4096", "flash"), ("T=8192", "math"), ("T=8192", "flash")]
     tries = [(len(words[words.index("--json") + 2 : -1]), " ".join(words).count("--builds 1")) for words in bench]
     assert tries == [(8, 0), (4, 0), (2, 0), (2, 0), (2, 1), (1, 1)]  # with T=4096, then alone, before it is given up
     assert experiments.main(["--only", "flash-attention", "--kind", "speed"]) == 0 and len(bench) == 6
@@ -436,6 +438,24 @@ def test_parts_share_a_call_and_equal_lines_a_process(bench, capsys):
         assert len({part.settings for *_, part in group}) == 1 and (len(lines) <= experiments.TOGETHER)
         alone = sum(sum(experiments.group_seconds([place])) for place in group)
         assert len(group) == 1 or sum(experiments.group_seconds(group)) < alone - experiments.STARTING / 2
+
+
+def test_a_line_that_fails_is_tried_again_alone_and_the_others_stay_together(bench, monkeypatch, capsys):
+    whole, calls = experiments.bench, []
+
+    def failing(lines, how):
+        calls.append(len(lines))
+        bad = [line for line in lines if "--use_rope" in line]
+        if bad:
+            raise RuntimeError(f'error: "{bad[0]}": RuntimeError: broken')
+        return whole(lines, how)
+
+    monkeypatch.setattr(experiments, "bench", failing)
+    names = ["rmsnorm", "rope-embeddings", "swiglu", "gradient-accumulation"]
+    assert experiments.main(["--only", *names, "--kind", "speed"]) == 1
+    assert calls == [4 + 3, 3 + 3, 2]
+    assert {row["experiment"] for row in measuring.read(experiments.RESULTS)} == {*names} - {"rope-embeddings"}
+    assert "failed: rope-embeddings: gpt2-medium: RuntimeError: error: " in capsys.readouterr().out
 
 
 def test_another_failure_is_said_and_the_next_part_goes_on(bench, monkeypatch, capsys):
