@@ -60,6 +60,7 @@ GPT2_VOCAB_SIZE = 50257
 HEAD_DIM = 64  # GPT-2's head size, taken where --n_embd is typed without --n_head
 HEAD_ROWS_MULTIPLE = 128  # the rows of the head's matrix are padded to a multiple of it: kernels like round shapes
 LOGITS_AT_ONCE, FUSED_LOGITS_AT_ONCE = 2**25, 2**30  # most logits in memory at a time; the second with KERNEL
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # the compile modes that launch the kernels as one CUDA graph
 FLOAT8_HEADS = ("fp8", "fp8_head")  # precisions whose head multiplies in float8
 BYTES = dict(fp32=(4, 4), fp16=(2, 4))  # precision -> bytes of a product's operand, of the stream; others (2, 2)
 FLOAT8_GRADIENT_SCALE = 2.0**15  # for gradients, which are at most 1: float8's e5m2 ends at 1.75 times that
@@ -718,7 +719,7 @@ def rule_parallel(fields, typed, machine):
     fsdp, mode = fields["parallel"] == "fsdp", fields["compile_mode"]
     require(not fsdp or machine.device_type != "mps", "device=mps with parallel=fsdp: torch has no such processes on "
             "an Apple GPU; drop one of the two")
-    require(not fsdp or mode not in ("reduce-overhead", "max-autotune"), f"compile_mode={mode} with parallel=fsdp: "
+    require(not fsdp or mode not in CUDA_GRAPHS, f"compile_mode={mode} with parallel=fsdp: "
             "CUDA graphs want weights that stay where they are; drop one of the two")
 
 
@@ -2842,6 +2843,11 @@ def parallelize(model, run, world, log, optimizer=None):
         for part, name in ([(model, "trunk")] if run.parallel == "ddp" else
                            [(block, "forward") for block in (*model.transformer.h, *model.mtp_blocks.values())]):
             setattr(part, name, torch.compile(getattr(part, name), dynamic=False, mode=run.compile_mode))
+        if world.device.type == "cuda" and run.compile_mode in CUDA_GRAPHS:
+            # A gradient lies where the next micro-batch's graph will write; so what is kept and added to is a copy
+            # (github.com/pytorch/pytorch/issues/169545).
+            for p in model.parameters():
+                p.register_hook(torch.Tensor.clone)
         model.loss_parts = {f.__name__: torch.compile(f, dynamic=False) for f in (Float8Product.scaled, multiplied)}
         for one in optimizer.each if optimizer and world.device.type == "cuda" else ():
             if isinstance(one, Muon):
