@@ -60,7 +60,7 @@ GPT2_VOCAB_SIZE = 50257
 HEAD_DIM = 64  # GPT-2's head size, taken where --n_embd is typed without --n_head
 HEAD_ROWS_MULTIPLE = 128  # the rows of the head's matrix are padded to a multiple of it: kernels like round shapes
 LOGITS_AT_ONCE, FUSED_LOGITS_AT_ONCE = 2**25, 2**30  # most logits in memory at a time; the second with KERNEL
-CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # the compile modes that launch the kernels as one CUDA graph
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # the compile modes that launch kernels as CUDA graphs
 FLOAT8_HEADS = ("fp8", "fp8_head")  # precisions whose head multiplies in float8
 BYTES = dict(fp32=(4, 4), fp16=(2, 4))  # precision -> bytes of a product's operand, of the stream; others (2, 2)
 FLOAT8_GRADIENT_SCALE = 2.0**15  # for gradients, which are at most 1: float8's e5m2 ends at 1.75 times that

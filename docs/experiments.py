@@ -144,7 +144,7 @@ EXPERIMENTS = {
                             {"eager": "--no_compile", "compiled": "--compile"}, "--builds 1"),
         "d12": Part("speed", "`d12`", LARGE_D12 + " --model d12", {
             "eager": "--no_compile", "compiled": "--compile"}, "--builds 1"),
-        "CUDA graphs": Part("speed", "`d12`, launched as one graph", LARGE_D12 + " --model d12 --compile", {
+        "CUDA graphs": Part("speed", "`d12`, kernels launched as CUDA graphs", LARGE_D12 + " --model d12 --compile", {
             "compiled": "", "reduce-overhead": "--compile_mode reduce-overhead"}, "--builds 1"),
         "first steps": Part("speed", "windows of 3 steps from the third step on", LARGE_D12 + " --model d12",
                             {"compiled": "--compile"}, "--warmup 1 --windows 8 --steps 3"),

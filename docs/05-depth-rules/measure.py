@@ -141,18 +141,17 @@ def expected_seconds(run, rows, sharing=0, processes=1):
 # Tables
 
 
-def found(rows, run):
-    """The mean loss of a run in a cell of a table."""
-    value = mean(list(losses(rows, run).values()))
-    return "-" if value is None else f"{value:.4f}"
-
-
 def rates_table(rows):
-    lines = [[f"`d{depth}_fast`" + ", rates by the root of the batch" * by_batch,
-              str(len(losses(rows, rates(depth, 1, by_batch)))),
-              *(found(rows, rates(depth, factor, by_batch)) for factor in FACTORS)]
-             for depth in DEPTHS for by_batch in (False, True) if losses(rows, rates(depth, 1, by_batch))
-             and (depth in BY_BATCH or not by_batch)]
+    """The mean losses over the seeds that all three factors have, so that a row's cells can be compared."""
+    lines = []
+    for depth in DEPTHS:
+        for by_batch in (False, True)[:2 if depth in BY_BATCH else 1]:
+            each = [losses(rows, rates(depth, factor, by_batch)) for factor in FACTORS]
+            seeds = set.intersection(*map(set, each))
+            name = f"`d{depth}_fast`" + ", rates by the root of the batch" * by_batch
+            if seeds:
+                means = (mean([its[seed] for seed in seeds]) for its in each)
+                lines.append([name, str(len(seeds)), *(f"{value:.4f}" for value in means)])
     return lines and table(["preset", "seeds", *(f"rates x {factor:g}" for factor in FACTORS)], lines)
 
 
